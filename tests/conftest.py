@@ -1,0 +1,12 @@
+"""Shapes are types: under pytest every annotated function of the library is checked by beartype."""
+
+from jaxtyping import install_import_hook
+
+install_import_hook("prototypes_lib", "beartype.beartype")
+
+import hypothesis  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=50, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("ci")
