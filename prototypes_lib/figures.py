@@ -1,0 +1,42 @@
+"""One look for every figure: a style file, a fixed colour for each role and method, alt text for each picture."""
+
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+# Okabe-Ito, safe for colour-blind readers
+BLUE, ORANGE, GREEN, VERMILLION, PINK, SKY, YELLOW, BLACK, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#8C8C8C",
+)  # fmt: skip
+
+ROLE = {"data": GREY, "student": BLUE, "teacher": ORANGE, "prototypes": VERMILLION, "bound": BLACK}
+METHOD = {"base": VERMILLION, "kd": ORANGE, "kp": BLUE, "simdino": GREEN, "random": GREY}
+MARKER = {"base": "o", "kd": "s", "kp": "^", "simdino": "D", "random": "x"}
+
+
+def use_style() -> None:
+    """Apply the course's matplotlib style; call it once in a notebook's import cell."""
+    plt.style.use(Path(__file__).with_name("course.mplstyle"))
+
+
+def method_color(name: str) -> str:
+    """The colour of a recipe by its name: +kp, +kd, simdino, or the base method."""
+    kind = next((key for key in ("kp", "kd", "simdino") if name.endswith(key)), "base")
+    return METHOD[kind]
+
+
+def show(fig: Figure, alt: str) -> None:
+    """Display a figure as PNG with alt text, in a notebook or nowhere, and close it.
+
+    Raises ValueError without alt text: the figure's message has to reach a reader who does not see it.
+    """
+    if len(alt) < 20:
+        raise ValueError("say in the alt text what the figure shows, in a sentence")
+    from IPython.display import display
+
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None, "Description": alt})
+    plt.close(fig)
+    display({"image/png": buffer.getvalue(), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})

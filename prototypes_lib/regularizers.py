@@ -1,0 +1,135 @@
+"""Terms that keep codes, prototypes or assignments from collapsing; a method adds weight * function(on something).
+
+`koleo` and `prior_matching` are losses; `coding_rate` and `mean_entropy` are sizes to be enlarged, so methods give
+them a negative weight. All compute in float32 at least and stay finite, value and gradient, on degenerate input.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from prototypes_lib.precision import wide
+
+
+def koleo(
+    x: Float[Tensor, "n dim"], *, eps: float = 1e-8, parts: int = 1, generator: torch.Generator | None = None
+) -> Float[Tensor, ""]:
+    """-mean_k log(d_k + eps), d_k the distance of x_k / |x_k| to its nearest neighbour (PPC, section 4.1; a loss).
+
+    On prototypes it is KoLeo-proto, on features DINOv2's KoLeo-data. PPC prints h = -mean log d_k and speaks of
+    maximizing the entropy: h is the entropy's negative, and minimizing it is right.
+
+    Neighbours are exact: found by block-wise products without an n x n matrix, then the distance is recomputed by
+    subtraction, because 2 - 2 cos has no digits left where it matters. At exact duplicates the value is -log eps and
+    the gradient zero (the official code's is finite only by its eps); one vector alone gives 0.
+
+    Args:
+        x: vectors of any length but zero; only directions count.
+        parts: random partition into this many equal parts with neighbours sought inside a part, as the paper does to
+            save memory; d_k is then larger on average and duplicates in different parts go unseen.
+        generator: draws the partition.
+
+    Raises:
+        ValueError: parts outside 1 .. n.
+    """
+    n = len(x)
+    if not 1 <= parts <= n:
+        raise ValueError(f"parts={parts} must lie between 1 and the number of vectors, {n}")
+    x = F.normalize(wide(x), dim=-1)
+    if parts > 1:
+        device = generator.device if generator is not None else "cpu"
+        order = torch.randperm(n, generator=generator, device=device).to(x.device)
+        groups = [x[rows] for rows in order.tensor_split(parts)]
+    else:
+        groups = [x]
+    logs = [_log_gaps(group, eps) for group in groups if len(group) > 1]
+    return -torch.cat(logs).sum() / n if logs else 0.0 * x.sum()
+
+
+def _log_gaps(x: Tensor, eps: float) -> Tensor:
+    squared = (x - x[nearest(x)]).square().sum(-1)
+    tiny = torch.finfo(x.dtype).tiny
+    # clamp cuts the gradient at d = 0, where the norm has none
+    return torch.log(squared.clamp_min(tiny).sqrt() + eps)
+
+
+@torch.no_grad()
+def nearest(x: Float[Tensor, "n dim"], block: int = 2**26) -> Int[Tensor, " n"]:
+    """Index of each unit vector's nearest other one, from blocks of at most `block` similarities at a time."""
+    n, found = len(x), []
+    rows = max(1, block // max(n, 1))
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, n, rows):
+            similarity = x[start : start + rows] @ x.T
+            own = torch.arange(len(similarity), device=x.device)
+            similarity[own, own + start] = -torch.inf
+            found.append(similarity.argmax(dim=-1))
+    return torch.cat(found)
+
+
+def coding_rate(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float[Tensor, ""]:
+    """R = 1/2 logdet(I + (d / eps^2) Z^T Z / n), the size of the codes' second moment (Sim, Eq. 8; to be enlarged).
+
+    eps is the paper's: the official code's argument is its square, so `eps=0.05` there is eps = sqrt(0.05) here.
+    "Covariance" in the paper, but nothing is centered. The paper's ln is natural, and so is the unit (nats).
+
+    Args:
+        z: codes, one a row. groups: g emulates g processes that do not reduce their Gram matrix: the batch is cut
+            into g parts in order, each part's Z^T Z still divided by the whole n, and the g rates averaged (the
+            released SimDINO runs are groups = 8; notebook 20 shows what it changes).
+
+    Raises:
+        ValueError: eps not positive, or n not a multiple of groups.
+    """
+    n, dim = z.shape
+    if not eps > 0:
+        raise ValueError(f"eps={eps}: the distortion must be positive")
+    if groups < 1 or n % groups:
+        raise ValueError(f"groups={groups} must divide the batch of {n}")
+    with torch.autocast(z.device.type, enabled=False):
+        # float64: I + a Z^T Z spans 1 .. d / eps^2 and more, and a d x d Cholesky costs nothing beside the network
+        parts = z.double().reshape(groups, n // groups, dim)
+        gram = parts @ parts.mT if n // groups < dim else parts.mT @ parts
+        matrix = torch.eye(gram.shape[-1], dtype=gram.dtype, device=z.device) + (dim / (n * eps**2)) * gram
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if not info.any():
+            half_logdet = torch.log(torch.diagonal(factor, dim1=-2, dim2=-1)).sum(-1)
+        else:  # codes so large that adding 1 is lost to rounding
+            half_logdet = 0.5 * torch.log(torch.linalg.eigvalsh(matrix).clamp_min(1.0)).sum(-1)
+    return half_logdet.mean().to(wide(z).dtype)
+
+
+def mean_entropy(p: Float[Tensor, "batch k"]) -> Float[Tensor, ""]:
+    """H(mean_b p_b), the entropy of the marginal latent class distribution in nats (MSN's me-max; to be enlarged)."""
+    marginal = wide(p).mean(0)
+    return -(marginal * _log(marginal)).sum()
+
+
+def prior_matching(p: Float[Tensor, "batch k"], prior: Float[Tensor, " k"]) -> Float[Tensor, ""]:
+    """KL(mean_b p_b || prior) in nats (PMSN; PPC, section 3; a loss); ln K - mean_entropy for the uniform prior.
+
+    The direction is the papers'; `torch.nn.functional.kl_div(p.log(), prior)` would be the other one.
+
+    Raises:
+        ValueError: the prior is not a positive distribution over the k prototypes.
+    """
+    if prior.shape != p.shape[-1:]:
+        raise ValueError(f"a prior over {tuple(prior.shape)} does not fit {p.shape[-1]} prototypes")
+    if not (prior > 0).all() or abs(float(prior.sum()) - 1) > 1e-3:
+        raise ValueError("the prior must be positive and sum to one")
+    marginal = wide(p).mean(0)
+    return (marginal * (_log(marginal) - torch.log(prior.to(marginal)))).sum()
+
+
+def power_law(k: int, exponent: float) -> Float[Tensor, " k"]:
+    """pi_j proportional to j^-exponent, j = 1 .. k: PMSN's long-tailed prior; exponent 0 is the uniform one."""
+    if k < 1:
+        raise ValueError(f"k={k}: a prior needs at least one prototype")
+    weights = torch.arange(1, k + 1, dtype=torch.float64) ** -float(exponent)
+    return (weights / weights.sum()).float()
+
+
+def _log(p: Tensor) -> Tensor:
+    """log p with a finite gradient at p = 0, where p log p is 0."""
+    return torch.log(p.clamp_min(torch.finfo(p.dtype).tiny))
