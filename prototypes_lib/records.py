@@ -1,0 +1,105 @@
+"""What a run writes down: metrics as JSON lines and CSV, progress as text, and where and with what it ran."""
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prototypes_lib import __version__
+
+
+class Log:
+    """metrics.jsonl line by line, a line of progress at most every 10 s, metrics.csv and result.json at the end."""
+
+    def __init__(self, folder: Path, name: str, steps: int, k: int, progress: bool):
+        self.folder, self.name, self.steps, self.k, self.progress = folder, name, steps, k, progress
+        self.rows: list[dict[str, float]] = []
+        self._said = -math.inf
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after the checkpoint a run goes on from."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = [row for line in lines if (row := json.loads(line))["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, row: dict[str, float]) -> None:
+        self.rows.append(row)
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        now = time.monotonic()
+        if self.progress and (now - self._said > 10 or row["step"] == self.steps):
+            self._said = now
+            print(self.line(row), flush=True)
+
+    def line(self, row: dict[str, float]) -> str:
+        """A row as a person reads it: loss against ln K, teacher entropy, M, speed, time left."""
+        step, seconds = int(row["step"]), row["seconds"]
+        text = f"{self.name}  step {step}/{self.steps}  loss {row['loss']:.3f}"
+        if self.k:
+            text += (
+                f" (ln K {math.log(self.k):.3f})  teacher entropy {row['teacher_entropy']:.3f}  M {row['M']}/{self.k}"
+            )
+        left = seconds / step * (self.steps - step)
+        return f"{text}  {step / seconds:.1f} steps/s  {int(left // 60)}:{int(left % 60):02d} left"
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        names = list(dict.fromkeys(key for row in self.rows for key in row))
+        with (self.folder / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        write_text(self.folder / "result.json", json.dumps(summary, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that a reader finds the old one or the new one, never half."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Versions, hardware and commit: what a number needs beside it to be a result."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    return {
+        "prototypes_lib": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hardware": hardware,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" where files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return run("rev-parse", "--short=10", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

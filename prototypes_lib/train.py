@@ -1,0 +1,374 @@
+"""Pre-training: train(method, run) turns a method and a run's settings into a run folder.
+
+Randomness is a function of (seed, step): batches, crops, masks and stochastic depth of a step are drawn from
+generators made for it, so a run that was interrupted goes on exactly where it would have been, with nothing saved.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prototypes_lib import __version__, checkpoints, schedules
+from prototypes_lib.backbones import Backbone
+from prototypes_lib.collapse import unique_prototypes
+from prototypes_lib.data import Images, check_batch, load
+from prototypes_lib.heads import Projector, Prototypes
+from prototypes_lib.learner import Learner, Network
+from prototypes_lib.masks import block_masks
+from prototypes_lib.methods import METHODS, Method, describe
+from prototypes_lib.records import Log, environment
+from prototypes_lib.views import MultiCrop
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run that is not the method: data, network, optimization, machine. Times in epochs.
+
+    Defaults are DINO's for ImageNet (ViT-S/16); `Run.small()` is the setting of the course on a CPU.
+    """
+
+    data: str = "cifar10-5k"  # a name of `prototypes data`, or a folder
+    split: str = "train"
+    root: str | None = None  # where data sets lie; None: the cache folder
+    limit: int | None = None  # use only this many images
+    backbone: str = "vit_small_patch16_224"
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 224  # side of global crops, px
+    local_size: int = 96  # side of local crops, px
+    hidden: int = 2048  # width of the projector
+    bottleneck: int = 256  # dimension of the codes
+    head_batch_norm: bool = False
+    epochs: float = 100.0
+    batch_size: int = 256
+    lr: float = 5e-4  # per 256 images, as the official code
+    min_lr: float = 1e-6
+    warmup_epochs: float = 10.0
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    clip_grad: float = 3.0  # per tensor; 0 for none
+    freeze_last_layer: float = 1.0  # epochs during which prototypes stand still
+    prototype_lr_factor: float = 1.0  # of the prototypes' learning rate, against the rest
+    drop_path: float = 0.1
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto measures a few steps of both
+    out: str = "runs"
+    checkpoint_epochs: float = 5.0
+    monitor_steps: int = 50  # M and a line of metrics every so many steps
+    progress: bool = True
+
+    def __post_init__(self):
+        positive = ("image_size", "local_size", "hidden", "bottleneck", "epochs", "batch_size", "monitor_steps")
+        for name in (*positive, "checkpoint_epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        not_negative = ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "drop_path")
+        for name in (*not_negative, "freeze_last_layer", "prototype_lr_factor"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision={self.precision!r}: choose auto, fp32 or bf16")
+
+    def but(self, **changes) -> "Run":
+        """The same run with these settings changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def small(cls, **changes) -> "Run":
+        """A few minutes on a CPU: 32-px images, ViT of dim 64, bottleneck 16."""
+        small = {
+            "backbone": "vit_pico_patch8", "image_size": 32, "local_size": 16, "hidden": 128, "bottleneck": 16,
+            "batch_size": 128, "epochs": 10.0, "warmup_epochs": 1.0, "freeze_last_layer": 0.0, "drop_path": 0.0,
+            "precision": "fp32",
+        }  # fmt: skip
+        return cls(**(small | changes))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, its method's name, and the metrics of every monitored step."""
+
+    folder: Path
+    name: str
+    metrics: tuple[dict[str, float], ...]
+    summary: dict[str, Any]
+
+    @property
+    def last(self) -> dict[str, float]:
+        return self.metrics[-1]
+
+
+def config(method: Method, run: Run, name: str, images: Images) -> dict[str, Any]:
+    """What a run is, as plain data, with a hash over all that decides its outcome (not machine, folder or logging)."""
+    settings = dataclasses.asdict(run)
+    decisive = {k: v for k, v in settings.items() if k not in ("device", "out", "progress", "root")}
+    what = {"method": describe(method), "run": decisive, "images": images.fingerprint(), "version": __version__}
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    settings.pop("root")
+    return {"name": name, "hash": digest, **what, "run": settings}
+
+
+def build(method: Method, run: Run) -> Learner:
+    """Student and teacher for a run, initialized from its seed. Raises ValueError for sizes that do not fit."""
+    torch.manual_seed(run.seed)
+    options = {"drop_path_rate": run.drop_path, **run.backbone_options}
+    backbone = Backbone(run.backbone, run.image_size, **options)
+    if method.views.n_local:
+        backbone.check_size(run.local_size)
+    projector = Projector(backbone.dim, run.hidden, run.bottleneck, batch_norm=run.head_batch_norm)
+    prototypes = None
+    if method.n_prototypes:
+        prototypes = Prototypes(method.n_prototypes, run.bottleneck, method.free_norms)
+    return Learner(method, Network(backbone, projector, prototypes))
+
+
+def train(method: str | Method, run: Run, name: str | None = None, *, stop_after: int | None = None) -> Result:
+    """Pre-train and return the finished run; one that is already finished, with the same config hash, is only read.
+
+    The folder `out/name-hash/` gets config.json, metrics.jsonl and .csv, checkpoints, and, at the end, result.json.
+    An interrupted run goes on from its newest checkpoint, bit for bit on the same machine.
+
+    Args:
+        method: a key of METHODS or a Method. run: settings. name: label of the folder; the method's key by default.
+        stop_after: leave after this many steps with a checkpoint, for tests and time-limited machines.
+
+    Raises:
+        ValueError: settings or data that cannot work, before the first step.
+        FloatingPointError: the loss is not finite.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"no method {method!r}; choose one of {', '.join(METHODS)}")
+        name, method = name or method, METHODS[method]
+    name = name or "method"
+    images = load(
+        run.data, run.split, root=run.root, limit=run.limit, image_size=_stored_size(run), progress=run.progress
+    )
+    check_batch(images, run.batch_size)
+    what = config(method, run, name, images)
+    folder = Path(run.out) / f"{name}-{what['hash']}"
+    if (folder / "result.json").is_file():
+        return read(folder)
+    device = pick_device(run.device)
+    learner = build(method, run).to(device)
+    optimizer = make_optimizer(learner, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = checkpoints.steps(folder)
+    state = checkpoints.load(folder, done[-1], learner, optimizer) if done else {"step": 0}
+    trainer = _Trainer(learner, optimizer, run, images, device, state.get("precision"))
+    if not done:
+        (folder / "config.json").write_text(json.dumps(what, indent=2))
+    log = Log(folder, name, trainer.steps, method.n_prototypes, run.progress)
+    log.rewind(state["step"])
+    started, first = time.perf_counter() - state.get("seconds", 0.0), state["step"]
+    every = max(1, round(run.checkpoint_epochs * trainer.steps_per_epoch))
+    last = min(trainer.steps, stop_after or trainer.steps)
+    for step in range(first, last):
+        metrics = trainer.step(step)
+        if metrics is not None:
+            log.write(metrics | {"seconds": time.perf_counter() - started})
+        if (step + 1) % every == 0 or step + 1 == last:
+            state = {"step": step + 1, "hash": what["hash"], "precision": trainer.precision}
+            checkpoints.save(folder, learner, optimizer, state | {"seconds": time.perf_counter() - started})
+    if last < trainer.steps:
+        return Result(folder, name, tuple(log.rows), {})
+    seconds = time.perf_counter() - started
+    summary = {
+        "name": name, "hash": what["hash"], "steps": trainer.steps, "seconds": seconds,
+        "images_per_second": trainer.steps * run.batch_size / seconds, "precision": trainer.precision,
+        "last": log.rows[-1], "environment": environment(device),
+    }  # fmt: skip
+    log.finish(summary)
+    return read(folder)
+
+
+def read(folder: str | Path) -> Result:
+    """A finished run from its folder. Raises FileNotFoundError where it is not finished."""
+    folder = Path(folder)
+    if not (folder / "result.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished run (no result.json)")
+    summary = json.loads((folder / "result.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Result(folder, summary["name"], tuple(rows), summary)
+
+
+def train_all(jobs: Sequence[tuple[str, Method, Run]], workers: int = 1) -> list[Result]:
+    """Train (name, method, run) jobs, `workers` at a time in processes of one thread each.
+
+    Small networks use two cores better as two processes than as two threads; on a GPU leave workers=1.
+    """
+    if workers == 1:
+        return [train(method, run, name) for name, method, run in jobs]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(_train_job, jobs))
+
+
+def _train_job(job: tuple[str, Method, Run]) -> Result:
+    return train(job[1], job[2], job[0])
+
+
+class _Trainer:
+    """The state of a run that a step needs, and the step itself."""
+
+    def __init__(
+        self, learner: Learner, optimizer, run: Run, images: Images, device: torch.device, precision: str | None
+    ):
+        method = learner.method
+        self.learner, self.optimizer, self.run, self.device = learner, optimizer, run, device
+        self.images = images
+        self.steps_per_epoch = len(images) // run.batch_size
+        self.steps = steps = max(1, round(run.epochs * self.steps_per_epoch))
+        warmup = round(run.warmup_epochs * self.steps_per_epoch)
+        peak = run.lr * run.batch_size / 256
+        if warmup >= steps and run.warmup_epochs:
+            raise ValueError(f"warmup_epochs={run.warmup_epochs} leave nothing of epochs={run.epochs}")
+        self.lr = schedules.cosine(peak, run.min_lr, steps, warmup_steps=warmup)
+        self.weight_decay = schedules.cosine(run.weight_decay, run.weight_decay_end, steps)
+        self.momentum = schedules.cosine(method.ema if method.ema is not None else 0.0, 1.0, steps)
+        heat = method.teacher_temp
+        self.temperature = schedules.linear_warmup(
+            heat.start, heat.end, steps, round(heat.epochs * self.steps_per_epoch)
+        )
+        self.crop = MultiCrop(
+            n_global=method.views.n_global, n_local=method.views.n_local,
+            global_size=run.image_size, local_size=run.local_size,
+            global_scale=method.views.global_scale, local_scale=method.views.local_scale,
+            blur_sigma=_blur(run.image_size),
+        )  # fmt: skip
+        memory_mapped = isinstance(images.pixels, np.memmap)
+        self.resident = None if memory_mapped else torch.from_numpy(images.pixels).to(device)
+        self.precision = precision or self._choose_precision()
+
+    def step(self, step: int) -> dict[str, float] | None:
+        """One optimizer step; metrics where this step is monitored."""
+        run, learner = self.run, self.learner
+        views, masks = self.batch(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr[step] * group["lr_factor"]
+            group["weight_decay"] = self.weight_decay[step] * group["decays"]
+        out = self.forward(views, masks, step)
+        self.optimizer.zero_grad()
+        out.loss.backward()
+        self._clip()
+        if step < run.freeze_last_layer * self.steps_per_epoch and learner.student.prototypes is not None:
+            for parameter in learner.student.prototypes.parameters():
+                parameter.grad = None  # after clipping, as the official code; AdamW then leaves it alone
+        self.optimizer.step()
+        learner.update_teacher(float(self.momentum[step]))
+        if (step + 1) % run.monitor_steps and step + 1 != self.steps:
+            return None
+        metrics = {"step": step + 1, "loss": out.loss.item()}
+        metrics |= {k: v.item() for k, v in (out.parts | out.meters).items()}
+        if learner.method.n_prototypes:
+            metrics["M"] = unique_prototypes(learner.teacher.prototypes.w).count
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"the loss is {metrics['loss']} at step {step + 1}; lower the learning rate")
+        return metrics | {"lr": float(self.lr[step]), "teacher_temp": float(self.temperature[step])}
+
+    def batch(self, step: int) -> tuple[list[Tensor], Tensor | None]:
+        """Views and masks of a step, a function of (seed, step) alone."""
+        run, method = self.run, self.learner.method
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = torch.randperm(len(self.images), generator=_generator(run.seed, "order", epoch))
+        rows = order[place * run.batch_size : (place + 1) * run.batch_size]
+        if self.resident is not None:
+            pixels = self.resident[rows.to(self.device)]
+        else:
+            pixels = torch.from_numpy(self.images.pixels[rows.numpy()]).to(self.device)
+        generator = _generator(run.seed, "views", step)
+        views = self.crop.views(pixels, generator)
+        torch.manual_seed(_number(run.seed, "network", step))  # stochastic depth
+        if method.patch is None:
+            return views, None
+        masks = block_masks(
+            method.views.n_global * len(rows), self.learner.student.backbone.grid(run.image_size), method.patch.ratio,
+            generator=generator, masked=method.patch.probability, shape=method.patch.shape, device=self.device,
+        )  # fmt: skip
+        return views, masks
+
+    def forward(self, views: list[Tensor], masks: Tensor | None, step: int, precision: str | None = None):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=(precision or self.precision) == "bf16"):
+            return self.learner(views, masks, float(self.temperature[step]))
+
+    def _clip(self) -> None:
+        if not self.run.clip_grad:
+            return
+        gradients = [p.grad for p in self.learner.student.parameters() if p.grad is not None]
+        norms = torch._foreach_norm(gradients)
+        scale = [(self.run.clip_grad / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+        torch._foreach_mul_(gradients, scale)
+
+    def _choose_precision(self) -> str:
+        if self.run.precision != "auto":
+            return self.run.precision
+        views, masks = self.batch(0)
+        memory = {k: v.clone() for k, v in self.learner.state_dict().items()}  # a probe leaves no trace
+        seconds = {p: min(self._time(views, masks, p) for _ in range(3)) for p in ("fp32", "bf16")}
+        self.learner.load_state_dict(memory)
+        self.optimizer.zero_grad()
+        return "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
+
+    def _time(self, views: list[Tensor], masks: Tensor | None, precision: str) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        self.forward(views, masks, 0, precision).loss.backward()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def make_optimizer(learner: Learner, run: Run) -> torch.optim.AdamW:
+    """AdamW with DINO's groups: no decay on biases and one-dimensional parameters, all else (tokens, positions,
+    prototype lengths too) decays; prototypes in groups of their own for their learning rate."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in learner.student.named_parameters():
+        if parameter.requires_grad:
+            decays = 0.0 if name.endswith(".bias") or parameter.ndim == 1 else 1.0
+            factor = run.prototype_lr_factor if name.startswith("prototypes.") else 1.0
+            groups.setdefault((factor, decays), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "lr_factor": factor, "decays": decays} for (factor, decays), p in groups.items()],
+        lr=0.0, weight_decay=0.0, fused=True,
+    )  # fmt: skip
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device, or for "auto" a GPU where there is one. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: this machine has no GPU that torch can use; take device='cpu'")
+    return device
+
+
+def _stored_size(run: Run) -> int:
+    """Images are kept a little larger than the crops, as the usual 256 for 224."""
+    return run.image_size if run.image_size < 64 else run.image_size * 256 // 224
+
+
+def _blur(image_size: int) -> tuple[float, float]:
+    """DINO's blur radii are pixels of a 224-px crop; smaller crops get smaller ones."""
+    scale = min(1.0, image_size / 224)
+    return 0.1 * scale, 2.0 * scale
+
+
+def _number(*key: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
+def _generator(*key: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(_number(*key))
