@@ -56,8 +56,8 @@ class Method:
     """One member of the family.
 
     paper: arXiv id. n_prototypes: K, or 0 for a method without. score: from `scores`. targets: links of `assignment`,
-    as classes, partials or instances. ema: the teacher's momentum at the start, rising to 1 by a cosine; None makes
-    the student its own teacher. regularizers: (weight, function, place): weight * function(what stands there) is added,
+    as classes, partials or instances. ema, ema_end: the teacher's momentum at the start, rising to the end's by a
+    cosine; ema=None makes the student its own teacher. regularizers: (weight, function, place): weight * function(what stands there) is added,
       features         backbone features of each global crop of the student, summed over the crops (as DINOv2's code)
       codes            codes of each global crop of the student, averaged over the crops
       averaged codes   mean of the student's and the teacher's code of each global crop, averaged (as SimDINO's code)
@@ -72,6 +72,7 @@ class Method:
     student_temp: float = 0.1
     teacher_temp: Warmup = Warmup(0.04, 0.07, epochs=30)
     ema: float | None = 0.996
+    ema_end: float = 1.0
     shared_prototypes: bool = False
     views: Views = Views()
     patch: Patch | None = None
@@ -82,8 +83,10 @@ class Method:
             raise ValueError(f"n_prototypes={self.n_prototypes} must be 0 (none) or positive")
         if not (self.student_temp > 0 and self.teacher_temp.start > 0 and self.teacher_temp.end > 0):
             raise ValueError("temperatures must be positive")
-        if self.ema is not None and not 0 <= self.ema <= 1:
-            raise ValueError(f"ema={self.ema} must lie in [0, 1], or be None for no teacher of its own")
+        if self.ema is not None and not (0 <= self.ema <= 1 and 0 <= self.ema_end <= 1):
+            raise ValueError(
+                f"ema={self.ema} to {self.ema_end} must lie in [0, 1], or be None for no teacher of its own"
+            )
         if self.views.n_global < 1 or self.views.n_global + self.views.n_local < 2:
             raise ValueError("at least one global view and two views in all are needed to compare any")
         places = Place.__args__

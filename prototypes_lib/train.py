@@ -154,7 +154,7 @@ def train(method: str | Method, run: Run, name: str | None = None, *, stop_after
         name, method = name or method, METHODS[method]
     name = name or "method"
     images = load(
-        run.data, run.split, root=run.root, limit=run.limit, image_size=_stored_size(run), progress=run.progress
+        run.data, run.split, root=run.root, limit=run.limit, image_size=stored_size(run), progress=run.progress
     )
     check_batch(images, run.batch_size)
     what = config(method, run, name, images)
@@ -236,7 +236,7 @@ class _Trainer:
             raise ValueError(f"warmup_epochs={run.warmup_epochs} leave nothing of epochs={run.epochs}")
         self.lr = schedules.cosine(peak, run.min_lr, steps, warmup_steps=warmup)
         self.weight_decay = schedules.cosine(run.weight_decay, run.weight_decay_end, steps)
-        self.momentum = schedules.cosine(method.ema if method.ema is not None else 0.0, 1.0, steps)
+        self.momentum = schedules.cosine(method.ema or 0.0, method.ema_end, steps)
         heat = method.teacher_temp
         self.temperature = schedules.linear_warmup(
             heat.start, heat.end, steps, round(heat.epochs * self.steps_per_epoch)
@@ -355,7 +355,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _stored_size(run: Run) -> int:
+def stored_size(run: Run) -> int:
     """Images are kept a little larger than the crops, as the usual 256 for 224."""
     return run.image_size if run.image_size < 64 else run.image_size * 256 // 224
 

@@ -1,0 +1,177 @@
+"""The command line: prototypes run | train | evaluate | doctor | data, each with --help.
+
+A wrong request ends with status 2 and one line on stderr, before any work.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+
+from prototypes_lib.train import Run
+
+IMAGENET = Run()
+
+
+def run(
+    only: tuple[str, ...] = (),
+    params: Annotated[UseAppendAction[tuple[tuple[str, str], ...]], arg(name="p", aliases=("-p",))] = (),
+    out: Path = Path("out"),
+    timeout: float = 1800.0,
+    total_timeout: float = 3600.0,
+    smoke: bool = False,
+    list: bool = False,
+) -> int:
+    """Run the course's notebooks and leave executed copies, HTML pages and index.html.
+
+    Args:
+        only: notebooks by number or name; all of them by default.
+        params: a parameter as NAME VALUE, repeatable; unknown names and ill-typed values are refused first.
+        out: folder for the results.
+        timeout: seconds a cell may take.
+        total_timeout: seconds a notebook may take.
+        smoke: small values from each notebook's header.
+        list: print the notebooks and their parameters, and run nothing.
+    """
+    from prototypes_lib import course
+
+    return course.run_cli(
+        only, params, out, timeout_s=timeout, total_timeout_s=total_timeout, smoke=smoke, list_only=list
+    )
+
+
+def train(
+    method: Positional[str],
+    run: OmitArgPrefixes[Run] = IMAGENET,
+    small: bool = False,
+    n_prototypes: int | None = None,
+    n_local: int | None = None,
+    ema: float | None = None,
+    name: str | None = None,
+) -> int:
+    """Pre-train one method of the family and leave a run folder; an interrupted run goes on.
+
+    Args:
+        method: a recipe: dino, dino-vmf, ibot, ibot-vmf, each also with -kd and -kp, or simdino.
+        run: settings of the run.
+        small: start from the settings for a CPU instead of ImageNet's; other options then change them.
+        n_prototypes: K, where it is not the recipe's.
+        n_local: local crops, where they are not the recipe's.
+        ema: the teacher's first momentum, where it is not the recipe's.
+        name: label of the run folder.
+    """
+    from prototypes_lib.methods import METHODS
+    from prototypes_lib.train import train as start
+
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}; choose one of {', '.join(METHODS)}")
+    composed = METHODS[method]
+    if n_prototypes is not None:
+        composed = composed.but(n_prototypes=n_prototypes)
+    if n_local is not None:
+        composed = composed.but(views=dataclasses.replace(composed.views, n_local=n_local))
+    if ema is not None:
+        composed = composed.but(ema=ema)
+    if small:
+        given = {f.name: getattr(run, f.name) for f in dataclasses.fields(Run)}
+        run = Run.small(**{key: value for key, value in given.items() if value != getattr(IMAGENET, key)})
+    result = start(composed, run, name or method)
+    print(result.folder)
+    return 0
+
+
+def evaluate(
+    protocol: Positional[Literal["knn"]],
+    run_folder: Positional[Path],
+    data: str | None = None,
+    k: tuple[int, ...] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    size: int | None = None,
+    root: Path | None = None,
+    device: str = "auto",
+) -> int:
+    """Evaluate the frozen backbone of a run folder or an export.
+
+    Args:
+        protocol: knn, weighted nearest neighbours.
+        run_folder: a run folder or an export.
+        data: a data set or folder; by default the one the run was trained on.
+        k: numbers of neighbours.
+        temperature: of the votes.
+        size: side of the evaluated view in pixels; by default the run's global crop.
+        root: where named data sets lie.
+        device: auto, cpu, cuda.
+    """
+    import json
+
+    from prototypes_lib import checkpoints, evaluate
+    from prototypes_lib.data import load
+    from prototypes_lib.train import pick_device, stored_size
+
+    backbone = checkpoints.load_backbone(run_folder)
+    about = run_folder / ("config.json" if (run_folder / "config.json").is_file() else "about.json")
+    trained = Run(**json.loads(about.read_text())["run"])
+    where, device_ = data or trained.data, pick_device(device)
+    features = []
+    for split in ("train", "test"):
+        images = load(where, split, root=root, image_size=stored_size(trained))
+        features.append(evaluate.extract(backbone, images, size=size or trained.image_size, device=device_))
+    result = evaluate.knn(*features, tuple(k), temperature=temperature, device=device_)
+    print(f"kNN on {where}, {result.n} test images, T = {temperature}")
+    for count, accuracy in result.accuracy.items():
+        low, high = result.interval[count]
+        print(f"  k = {count:<4d} {accuracy:5.2f} %  [{low:.2f}, {high:.2f}]")
+    return 0
+
+
+def doctor(path: Positional[Path], eps: float = 0.025, network: Literal["teacher", "student"] = "teacher") -> int:
+    """How many prototypes of a run or an export are unique, under every reading of the definition.
+
+    Args:
+        path: a run folder or an export.
+        eps: cosine distance below which two prototypes are copies.
+        network: whose prototypes; an export holds the teacher's.
+    """
+    from prototypes_lib import checkpoints, collapse
+
+    w = checkpoints.load_prototypes(path, network)
+    unique = collapse.unique_prototypes(w, eps)
+    low, high = collapse.unique_range(w, eps)
+    kappa = w.norm(dim=-1)
+    print(f"K = {len(w)} prototypes of dimension {w.shape[1]} ({network})")
+    print(f"M = {unique.count} unique at 1 - cos < {eps} ({unique.share:.1%} of K), index order")
+    print(f"    {low} to {high} over 10 random orders, {collapse.connected_components(w, eps)} connected components")
+    print(f"largest group of copies: {int(unique.redundancy.max())}")
+    print(f"lengths |w|: {float(kappa.min()):.3f} to {float(kappa.max()):.3f}, median {float(kappa.median()):.3f}")
+    return 0
+
+
+def data(name: Positional[str | None] = None, root: Path | None = None) -> int:
+    """List the data sets, or fetch one with its checksums.
+
+    Args:
+        name: a data set to fetch; without it, the list.
+        root: where data sets lie; by default $PROTOTYPES_DATA or ~/.cache/prototypes_lib.
+    """
+    from prototypes_lib.data import describe, fetch
+
+    print(describe() if name is None else fetch(name, root))
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "run": run, "train": train, "evaluate": evaluate, "doctor": doctor, "data": data,
+}  # fmt: skip
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit status."""
+    try:
+        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="prototypes", description=__doc__, args=list(argv))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
