@@ -120,9 +120,9 @@ class Learner(nn.Module):
     def _patch_term(self, patches: Tensor, t_patches: Tensor, masks: Tensor, temperature: float) -> Tensor:
         """Same crop, masked places: per image the mean over them, images without any as zero (iBOT's code)."""
         masked = masks.flatten(1)
-        per_image = masked.sum(1, keepdim=True).clamp_min(1)
-        weight = (masked / (per_image * len(masked)))[masked]
         prediction = self._score(self.student.projector(patches[masked]))
+        per_image = masked.sum(1, keepdim=True).clamp_min(1).to(prediction.dtype)
+        weight = (masked / (per_image * len(masked)))[masked]
         with torch.no_grad():
             t_codes = self.teacher.projector(t_patches.flatten(0, 1))
             if not self.method.n_prototypes:

@@ -14,7 +14,7 @@ from prototypes_lib import scores
 from prototypes_lib.assignment import Center, ProbabilityCenter
 from prototypes_lib.regularizers import expansion, koleo
 
-Place = Literal["features", "codes", "averaged codes", "prototypes", "probabilities"]
+PLACES = ("features", "codes", "averaged codes", "prototypes", "probabilities")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Method:
     shared_prototypes: bool = False
     views: Views = Views()
     patch: Patch | None = None
-    regularizers: tuple[tuple[float, Callable[..., Any], Place], ...] = ()
+    regularizers: tuple[tuple[float, Callable[..., Any], str], ...] = ()
 
     def __post_init__(self):
         if self.n_prototypes < 0:
@@ -89,10 +89,9 @@ class Method:
             )
         if self.views.n_global < 1 or self.views.n_global + self.views.n_local < 2:
             raise ValueError("at least one global view and two views in all are needed to compare any")
-        places = Place.__args__
         for _, function, place in self.regularizers:
-            if place not in places:
-                raise ValueError(f"regularizer {function} on {place!r}: choose one of {', '.join(places)}")
+            if place not in PLACES:
+                raise ValueError(f"regularizer {function} on {place!r}: choose one of {', '.join(PLACES)}")
             if place in ("prototypes", "probabilities") and not self.n_prototypes:
                 raise ValueError(f"a regularizer on {place} needs prototypes")
 
@@ -105,7 +104,7 @@ class Method:
         """The same method with these fields changed. Raises TypeError for a field that does not exist."""
         return dataclasses.replace(self, **changes)
 
-    def plus(self, weight: float, function: Callable[..., Any], on: Place) -> "Method":
+    def plus(self, weight: float, function: Callable[..., Any], on: str) -> "Method":
         """The same method with one more regularizer."""
         return self.but(regularizers=(*self.regularizers, (weight, function, on)))
 

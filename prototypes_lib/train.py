@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from prototypes_lib.heads import Projector, Prototypes
 from prototypes_lib.learner import Learner, Network
 from prototypes_lib.masks import block_masks
 from prototypes_lib.methods import METHODS, Method, describe
-from prototypes_lib.records import Log, environment
+from prototypes_lib.records import Log, environment, write_text
 from prototypes_lib.views import MultiCrop
 
 
@@ -63,7 +63,7 @@ class Run:
     drop_path: float = 0.1
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto measures a few steps of both
+    precision: str = "auto"  # fp32, bf16, or auto: measure a few steps of both
     out: str = "runs"
     checkpoint_epochs: float = 5.0
     monitor_steps: int = 50  # M and a line of metrics every so many steps
@@ -164,12 +164,11 @@ def train(method: str | Method, run: Run, name: str | None = None, *, stop_after
     device = pick_device(run.device)
     learner = build(method, run).to(device)
     optimizer = make_optimizer(learner, run)
-    folder.mkdir(parents=True, exist_ok=True)
     done = checkpoints.steps(folder)
     state = checkpoints.load(folder, done[-1], learner, optimizer) if done else {"step": 0}
     trainer = _Trainer(learner, optimizer, run, images, device, state.get("precision"))
-    if not done:
-        (folder / "config.json").write_text(json.dumps(what, indent=2))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(what, indent=2))
     log = Log(folder, name, trainer.steps, method.n_prototypes, run.progress)
     log.rewind(state["step"])
     started, first = time.perf_counter() - state.get("seconds", 0.0), state["step"]

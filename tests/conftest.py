@@ -2,7 +2,7 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook("prototypes_lib", "beartype.beartype")
+install_import_hook("prototypes_lib", "typecheck.tower")
 
 import hypothesis  # noqa: E402
 

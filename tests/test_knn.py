@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prototypes_lib import evaluate
+from prototypes_lib.evaluate import Features
+from prototypes_lib.evaluate.knn import wilson
+
+
+def _features(n, dim=6, classes=4, seed=0, noise=0.6):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    return Features(centers[labels] + noise * torch.randn(n, dim, generator=g), labels)
+
+
+def test_votes_are_those_of_the_official_script():
+    train, test = _features(60), _features(25, seed=1)
+    x, q = F.normalize(train.x, dim=-1), F.normalize(test.x, dim=-1)
+    for k in (1, 5, 20):
+        right = 0
+        for i in range(len(q)):
+            cos = x @ q[i]
+            votes = [0.0] * 4
+            for j in sorted(range(60), key=lambda j: -float(cos[j]))[:k]:
+                votes[int(train.labels[j])] += math.exp(float(cos[j]) / 0.07)
+            right += votes.index(max(votes)) == int(test.labels[i])
+        assert evaluate.knn(train, test, (k,)).accuracy[k] == 100 * right / 25
+
+
+def test_blocks_change_nothing():
+    train, test = _features(60), _features(25, seed=1)
+    whole = evaluate.knn(train, test, (1, 7))
+    assert evaluate.knn(train, test, (1, 7), block=61) == whole
+
+
+@pytest.mark.parametrize("n", [1, 3, 99, 101])
+def test_any_number_of_test_images_works(n):
+    assert evaluate.knn(_features(40), _features(n, seed=2), (5,)).n == n
+
+
+def test_the_interval_is_wilsons_and_holds_the_accuracy():
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 100
+    low, high = wilson(30, 100)
+    assert abs(low - 21.89) < 0.01 and abs(high - 39.58) < 0.01
+
+
+def test_wrong_requests_name_themselves():
+    train, test = _features(10), _features(5)
+    with pytest.raises(ValueError, match="10 training images"):
+        evaluate.knn(train, test, (20,))
+    with pytest.raises(ValueError, match="temperature"):
+        evaluate.knn(train, test, (2,), temperature=0.0)
+    with pytest.raises(ValueError, match="test image"):
+        evaluate.knn(train, Features(test.x[:0], test.labels[:0]), (2,))
