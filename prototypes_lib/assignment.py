@@ -39,7 +39,7 @@ class _MovingCenter(nn.Module):
             raise ValueError(f"scores for {scores.shape[-1]} prototypes meet a center of {self.center.shape[-1]}")
         center = batch_center if self.momentum == 0 else self.center
         centered = scores - center.to(scores.dtype) / scale
-        if self.training:
+        if self.training and len(scores):  # a batch without samples (no patch masked) leaves the memory alone
             self.center.lerp_(batch_center.to(self.center.dtype), 1 - self.momentum)
         return centered
 
@@ -71,7 +71,7 @@ class ProbabilityCenter(_MovingCenter):
     def forward(self, log_scores: Float[Tensor, "batch k"], tau: float) -> Float[Tensor, "batch k"]:
         scores = wide(log_scores)
         log_p = torch.log_softmax(scores, dim=-1)
-        batch = torch.logsumexp(log_p, dim=0) - math.log(len(scores))
+        batch = torch.logsumexp(log_p, dim=0) - math.log(max(len(scores), 1))
         return self._centered(scores, batch, scale=1.0)
 
 

@@ -3,7 +3,11 @@
 A wrong request ends with status 2 and one line on stderr, before any work.
 """
 
+import contextlib
 import dataclasses
+import functools
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,7 +163,10 @@ def data(name: Positional[str | None] = None, root: Path | None = None) -> int:
     """
     from prototypes_lib.data import describe, fetch
 
-    print(describe() if name is None else fetch(name, root))
+    try:
+        print(describe() if name is None else fetch(name, root))
+    except RuntimeError as error:  # torchvision's word for a file that is missing or fails its checksum
+        raise ValueError(f"{name}: {error}") from error
     return 0
 
 
@@ -169,9 +176,37 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Run one command line and return its exit status."""
+    """Run one command line and return its exit status: what the command says, or 2 for a request it cannot take."""
+    said = io.StringIO()
     try:
-        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="prototypes", description=__doc__, args=list(argv))
+        with contextlib.redirect_stderr(said):
+            work = tyro.extras.subcommand_cli_from_dict(
+                {name: _deferred(command) for name, command in COMMANDS.items()},
+                prog="prototypes",
+                description=__doc__,
+                args=list(argv),
+            )
+    except SystemExit as ended:  # --help, or a refusal in a box of several lines
+        if ended.code:
+            print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
+        return int(ended.code or 0)
+    try:
+        return work()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """Parsing and working apart, so that only parsing's messages are rewritten."""
+
+    @functools.wraps(command)
+    def parsed(*args, **kwargs):
+        return functools.partial(command, *args, **kwargs)
+
+    return parsed
+
+
+def _one_line(box: str) -> str:
+    words = [re.sub(r"Error parsing __\S+: ", "", line.strip(" │╭╮╰╯─-\t")) for line in box.splitlines()]
+    return ": ".join(line for line in words if line and not line.startswith("For full helptext"))

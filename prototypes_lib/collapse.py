@@ -155,7 +155,7 @@ class Marginal:
 
 @torch.no_grad()
 def marginal(log_scores: Float[Tensor, "n k"], unique: UniquePrototypes | None = None) -> Marginal:
-    """p_k = mean_n softmax(log_scores)_nk, and again with only the unique prototypes competing (PPC, section 3, Fig. 2).
+    """p_k = mean_n softmax(log_scores)_nk, and again with only the unique prototypes competing (PPC, Fig. 2).
 
     Args: log_scores of the data under any score function, before or after centering; unique from `unique_prototypes`.
     Raises ValueError where the two speak of different numbers of prototypes.
@@ -182,7 +182,7 @@ class VoidSet:
 
 @torch.no_grad()
 def void_set(w: Float[Tensor, "k dim"], codes: Float[Tensor, "n dim"], eps: float = 0.025) -> VoidSet:
-    """Prototypes with cosine -1 to the mean code, up to eps: unused ones, pushed as far from the data as the sphere goes.
+    """Prototypes with cosine -1 to the mean code, up to eps: unused ones, as far from the data as the sphere goes.
 
     vMF, section 5.2: in DINO ViT-B/16 they are 83 % of 65,536. Args: w of any length; codes unit vectors.
     Raises ValueError where the mean code has no direction (then nothing is opposite to it).
@@ -197,7 +197,7 @@ def void_set(w: Float[Tensor, "k dim"], codes: Float[Tensor, "n dim"], eps: floa
 
 @dataclass(frozen=True)
 class Verdict:
-    """`kind` is uniform, one-hot, partial, healthy or diverged; `text` says it in plain words with the figures."""
+    """`kind` is uniform, one-hot, constant, partial, healthy or diverged; `text` says it in words with the figures."""
 
     kind: str
     text: str
@@ -218,33 +218,44 @@ def verdict(
     """What the meters of a run mean (Sim, Eqs. 18-21; PPC, section 4).
 
     loss = KL + teacher entropy, so a loss that sits at ln K with an entropy of ln K has learned nothing (every target
-    is uniform), and a loss near zero with a marginal of entropy zero has one class for everything. A low KL proves
-    neither success nor collapse. M below half of K is partial prototype collapse.
+    is uniform), and a loss near zero with a marginal of entropy zero has one class for everything. Whatever its shape,
+    a target that is the same for all images has a marginal entropy equal to the teacher's: they differ by the mutual
+    information of image and prototype. A low KL proves neither success nor collapse. M below half of K is partial
+    prototype collapse.
 
     Args: loss and teacher_entropy in nats, means over samples; kl defaults to their difference; unique is M;
-    marginal_entropy the entropy of the mean assignment.
+    marginal_entropy the entropy of the mean of the same targets. Raises ValueError for k < 1.
     """
+    if k < 1:
+        raise ValueError(f"k={k}: a verdict needs at least one prototype")
     ceiling = math.log(k)
     kl = loss - teacher_entropy if kl is None else kl
     count = unique.count if isinstance(unique, UniquePrototypes) else unique
-    figures = f"loss {loss:.3f} against ln K = {ceiling:.3f}, teacher entropy {teacher_entropy:.3f}, KL {kl:.3f}"
+    figures = f"loss {loss:.3f} against ln K = {ceiling:.3f}, teacher entropy {teacher_entropy:.3f}, KL {kl:z.3f}"
+    if marginal_entropy is not None:
+        figures += f", marginal entropy {marginal_entropy:.3f}"
     if count is not None:
         figures += f", M = {count} of K = {k}"
-    if not all(map(math.isfinite, (loss, teacher_entropy, kl))):
+    if not all(map(math.isfinite, (loss, teacher_entropy, kl, marginal_entropy or 0.0))):
         return Verdict("diverged", f"The loss is not finite: the run has diverged ({figures}).")
-    if k > 1 and teacher_entropy > 0.99 * ceiling:
+    if k == 1:
+        return Verdict("one-hot", f"A single prototype takes all images by construction ({figures}).")
+    if teacher_entropy > 0.99 * ceiling:
         if abs(loss - ceiling) < 0.01 * ceiling:
-            text = "Collapsed to uniform: every target is 1/K, the loss stands at ln K and its KL part has nothing to teach"
+            text = "Collapsed to uniform: every target is 1/K, the loss stands at ln K and its KL part teaches nothing"
         else:
             text = "The teacher says 1/K for every image: lower its temperature or look at the centering"
         return Verdict("uniform", f"{text} ({figures}).")
-    if marginal_entropy is not None and k > 1 and marginal_entropy < 0.05 * ceiling:
+    if marginal_entropy is not None and marginal_entropy < 0.05 * ceiling:
         return Verdict("one-hot", f"Collapsed to one class: one prototype takes all images ({figures}).")
-    if marginal_entropy is None and k > 1 and loss < 0.01 * ceiling:
+    if marginal_entropy is not None and abs(marginal_entropy - teacher_entropy) < 0.01 * ceiling:
+        return Verdict("constant", f"Collapsed to one answer: every image gets the same target ({figures}).")
+    if marginal_entropy is None and loss < 0.01 * ceiling:
         text = "The loss is near zero: one prototype takes all images, or the views are no challenge; see the marginal"
         return Verdict("one-hot", f"{text} ({figures}).")
     if count is not None and count < 0.5 * k:
         copies = k / max(count, 1)
         text = f"Partial prototype collapse: {copies:.1f} copies of each unique prototype on average"
         return Verdict("partial", f"{text}; KoLeo-proto spreads them ({figures}).")
-    return Verdict("healthy", f"No collapse to be seen ({figures}).")
+    waiting = ", but the student still answers 1/K" if abs(loss - ceiling) < 0.01 * ceiling else ""
+    return Verdict("healthy", f"No collapse to be seen{waiting} ({figures}).")

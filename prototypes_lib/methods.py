@@ -57,7 +57,8 @@ class Method:
 
     paper: arXiv id. n_prototypes: K, or 0 for a method without. score: from `scores`. targets: links of `assignment`,
     as classes, partials or instances. ema, ema_end: the teacher's momentum at the start, rising to the end's by a
-    cosine; ema=None makes the student its own teacher. regularizers: (weight, function, place): weight * function(what stands there) is added,
+    cosine; ema=None makes the student its own teacher. regularizers: (weight, function, place); weight *
+    function(what stands there) is added to the loss, with
       features         backbone features of each global crop of the student, summed over the crops (as DINOv2's code)
       codes            codes of each global crop of the student, averaged over the crops
       averaged codes   mean of the student's and the teacher's code of each global crop, averaged (as SimDINO's code)

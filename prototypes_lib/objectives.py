@@ -47,6 +47,7 @@ def over_views(
     Views are ordered [global1, global2, local1, ...] in both arguments. Both objectives are linear in the teacher, so
     one call a student view with the mean of its targets replaces a call a pair. Raises ValueError without any pair.
     """
+    teacher = wide(teacher)
     total, loss, pairs = teacher.sum(0), 0.0, 0
     for v, prediction in enumerate(student):
         n = len(teacher) - (v < len(teacher))

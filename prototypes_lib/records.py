@@ -1,6 +1,7 @@
 """What a run writes down: metrics as JSON lines and CSV, progress as text, and where and with what it ran."""
 
 import csv
+import importlib.metadata
 import json
 import math
 import os
@@ -74,24 +75,28 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return {
         "prototypes_lib": __version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **versions,
         "hardware": hardware,
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" where files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
+    """The checkout's commit, with "+" where tracked files differ from it; "unknown" outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        run = lambda *args: subprocess.run(
-            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        return run("rev-parse", "--short=10", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+        if not git("ls-files", Path(__file__).name):  # installed inside somebody else's repository
+            return "unknown"
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

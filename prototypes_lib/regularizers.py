@@ -4,6 +4,8 @@
 them a negative weight. All compute in float32 at least and stay finite, value and gradient, on degenerate input.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -20,12 +22,13 @@ def koleo(
     On prototypes it is KoLeo-proto, on features DINOv2's KoLeo-data. PPC prints h = -mean log d_k and speaks of
     maximizing the entropy: h is the entropy's negative, and minimizing it is right.
 
-    Neighbours are exact: found by block-wise products without an n x n matrix, then the distance is recomputed by
-    subtraction, because 2 - 2 cos has no digits left where it matters. At exact duplicates the value is -log eps and
-    the gradient zero (the official code's is finite only by its eps); one vector alone gives 0.
+    Neighbours are found by block-wise products without an n x n matrix, then the distance is recomputed by
+    subtraction, because 2 - 2 cos has no digits left where it matters. They are exact up to the rounding of a cosine:
+    among float32 copies closer than about 1e-3, any of them may be taken. At exact duplicates the value is -log eps
+    and the gradient zero (the official code's is finite only by its eps); one vector alone gives 0.
 
     Args:
-        x: vectors of any length but zero; only directions count.
+        x: vectors of any length but zero; only directions count. A zero vector has none, and gets no gradient.
         parts: random partition into this many equal parts with neighbours sought inside a part, as the paper does to
             save memory; d_k is then larger on average and duplicates in different parts go unseen.
         generator: draws the partition.
@@ -36,7 +39,8 @@ def koleo(
     n = len(x)
     if not 1 <= parts <= n:
         raise ValueError(f"parts={parts} must lie between 1 and the number of vectors, {n}")
-    x = F.normalize(wide(x), dim=-1)
+    x = wide(x)
+    x = F.normalize(torch.where(x.detach().norm(dim=-1, keepdim=True) > 1e-12, x, x.detach()), dim=-1)
     if parts > 1:
         device = generator.device if generator is not None else "cpu"
         order = torch.randperm(n, generator=generator, device=device).to(x.device)
@@ -89,15 +93,27 @@ def coding_rate(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float
         raise ValueError(f"groups={groups} must divide the batch of {n}")
     with torch.autocast(z.device.type, enabled=False):
         # float64: I + a Z^T Z spans 1 .. d / eps^2 and more, and a d x d Cholesky costs nothing beside the network
-        parts = z.double().reshape(groups, n // groups, dim)
-        gram = parts @ parts.mT if n // groups < dim else parts.mT @ parts
-        matrix = torch.eye(gram.shape[-1], dtype=gram.dtype, device=z.device) + (dim / (n * eps**2)) * gram
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if not info.any():
-            half_logdet = torch.log(torch.diagonal(factor, dim1=-2, dim2=-1)).sum(-1)
-        else:  # codes so large that adding 1 is lost to rounding
-            half_logdet = 0.5 * torch.log(torch.linalg.eigvalsh(matrix).clamp_min(1.0)).sum(-1)
+        parts, a = z.double().reshape(groups, n // groups, dim), dim / (n * eps**2)
+        gram = a * (parts @ parts.mT if n // groups < dim else parts.mT @ parts)
+        size = gram.detach().diagonal(dim1=-2, dim2=-1).amax().item()
+        if 1e-8 < size < 1e8:
+            factor, _ = torch.linalg.cholesky_ex(torch.eye(gram.shape[-1], dtype=gram.dtype, device=z.device) + gram)
+            half_logdet = torch.log(factor.diagonal(dim1=-2, dim2=-1)).sum(-1)
+        elif math.isfinite(size):  # in I + a Z^T Z one of the two would drown in the other's rounding
+            half_logdet = 0.5 * torch.log1p(a * torch.linalg.svdvals(parts).square()).sum(-1)
+        else:  # codes that are not finite: nan, as from any other loss
+            half_logdet = gram.sum((-2, -1)) * torch.nan
     return half_logdet.mean().to(wide(z).dtype)
+
+
+def expansion(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float[Tensor, ""]:
+    """gamma R with gamma = 1/d + 1/n: SimDINO's coding-rate term as its released code weighs it (to be enlarged).
+
+    Sim, section 2.3 proposes gamma of the order of eps sqrt(n / (d min(d, n))), which the code has commented out; the
+    two move in opposite directions with n. Arguments and errors as `coding_rate`.
+    """
+    n, dim = z.shape
+    return (1 / dim + 1 / n) * coding_rate(z, eps, groups)
 
 
 def mean_entropy(p: Float[Tensor, "batch k"]) -> Float[Tensor, ""]:

@@ -13,6 +13,7 @@ needs no special case. The series is used at an order of at least `_ORDER` and w
 of Bessel functions, in which every term is positive and nothing cancels.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,37 +21,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prototypes_lib.precision import wide
+
 _ORDER = 30.0  # with 12 terms the series is at rounding error of float64 from this order on
 _TERMS = 12
 
 
 @cache
-def _series(terms: int) -> tuple[Tensor, Tensor]:
-    """Coefficients in t of U_i (DLMF 10.41.9) and of W_i = (U_{i+1} - V_{i+1}) / (1 - t^2) (10.41.11)."""
-    width = 3 * terms + 2
-    u = torch.zeros(terms, width, dtype=torch.float64)
-    w = torch.zeros(terms, width, dtype=torch.float64)
-    power = torch.arange(width, dtype=torch.float64)
-    u[0, 0] = 1.0
+def _coefficients(order: float, terms: int) -> list[float]:
+    """sum_{i < terms} U_i(t) / order^i as one polynomial in t, lowest power first (DLMF 10.41.9)."""
+    m = torch.arange(3 * terms, dtype=torch.float64)
+    u = torch.zeros(3 * terms, dtype=torch.float64)
+    u[0], total = 1.0, torch.zeros_like(u)
     for i in range(terms):
+        total += u / order**i
         # U_{i+1} = t^2 (1 - t^2) U_i' / 2 + (1/8) int_0^t (1 - 5 x^2) U_i dx, coefficient by coefficient
-        slope, area = power * u[i] / 2, u[i] / 8
-        w[i, 1:] = u[i, :-1] / 2 + (power * u[i])[:-1]
-        if i + 1 < terms:
-            u[i + 1, 1:] += slope[:-1] + area[:-1] / power[1:]
-            u[i + 1, 3:] -= slope[:-3] + 5 * area[:-3] / power[3:]
-    return u, w
+        low, high = u * (m / 2 + 1 / (8 * (m + 1))), u * (m / 2 + 5 / (8 * (m + 3)))
+        u = torch.zeros_like(u)
+        u[1:] += low[:-1]
+        u[3:] -= high[:-3]
+    return total.tolist()
 
 
-def _polynomials(coefficients: Tensor, t: Tensor, order: float) -> Tensor:
-    """sum_i t-polynomial_i / order^i by two Horner schemes."""
-    total = torch.zeros_like(t)
-    for row in coefficients.flip(0):
-        value = torch.zeros_like(t)
-        for c in row[: int(row.nonzero().max()) + 1].flip(0).tolist():
-            value = value * t + c
-        total = total / order + value
-    return total
+def _expansion(t: Tensor, order: float, terms: int) -> tuple[Tensor, Tensor]:
+    """U(t) = sum_{i < terms} U_i(t) / order^i and its derivative, by Horner's scheme."""
+    u, slope = torch.zeros_like(t), torch.zeros_like(t)
+    for c in reversed(_coefficients(order, terms)):
+        slope = slope * t + u
+        u = u * t + c
+    return u, slope
 
 
 def _bessel(kappa: Tensor, order: float) -> tuple[Tensor, Tensor]:
@@ -58,10 +57,10 @@ def _bessel(kappa: Tensor, order: float) -> tuple[Tensor, Tensor]:
     steps = max(0, round(_ORDER - order))
     top = order + steps
     s = torch.hypot(kappa, torch.full_like(kappa, top))
-    u, w = (_polynomials(c, top / s, top) for c in _series(_TERMS))
+    t = top / s
+    u, slope = _expansion(t, top, _TERMS)
     f = s - top * torch.log(top + s) - 0.5 * torch.log(2 * torch.pi * s) + torch.log(u)
-    # I' / I = (s / kappa) V / U, with V = U - (1 - t^2) W / top and s - top = kappa^2 / (s + top)
-    q = 1 / (1 / (s + top) - w / (u * s * top))
+    q = 1 / (1 / (s + top) - (0.5 + t * slope / u) / s / s)  # from F' = I_{nu+1} / I_nu = kappa / q
     for j in range(steps, 0, -1):  # I_{m-1} = I_{m+1} + (2 m / kappa) I_m, as q_{m-1} = 2 m + kappa^2 / q_m
         q = 2 * (order + j) + kappa * (kappa / q)
         f = f + torch.log(q)
@@ -69,31 +68,34 @@ def _bessel(kappa: Tensor, order: float) -> tuple[Tensor, Tensor]:
 
 
 class _LogNormalizer(torch.autograd.Function):
+    """log C_p, with derivative -A_p(kappa) = -kappa h_p(kappa)."""
+
     @staticmethod
     def forward(ctx, kappa, dim):
-        f, _ = _bessel(kappa, dim / 2 - 1)
         ctx.save_for_backward(kappa)
         ctx.dim = dim
-        return -0.5 * dim * torch.log(torch.tensor(2 * torch.pi, dtype=kappa.dtype)) - f
+        return -0.5 * dim * math.log(2 * math.pi) - _bessel(kappa, dim / 2 - 1)[0]
 
     @staticmethod
     def backward(ctx, grad):
-        return -grad * _MeanCosine.apply(ctx.saved_tensors[0], ctx.dim), None
+        (kappa,) = ctx.saved_tensors
+        return -grad * kappa * _Slope.apply(kappa, ctx.dim), None
 
 
-class _MeanCosine(torch.autograd.Function):
+class _Slope(torch.autograd.Function):
+    """h_p(kappa) = A_p(kappa) / kappa = 1 / q_nu, with derivative kappa h_p (h_{p+2} - h_p); smooth at 0."""
+
     @staticmethod
     def forward(ctx, kappa, dim):
-        _, q = _bessel(kappa, dim / 2 - 1)
-        a = kappa / q
-        ctx.save_for_backward(a, q)
+        ctx.save_for_backward(kappa)
         ctx.dim = dim
-        return a
+        return 1 / _bessel(kappa, dim / 2 - 1)[1]
 
     @staticmethod
     def backward(ctx, grad):
-        a, q = ctx.saved_tensors
-        return grad * (1 - a**2 - (ctx.dim - 1) / q), None
+        (kappa,) = ctx.saved_tensors
+        h = _Slope.apply(kappa, ctx.dim)
+        return grad * kappa * h * (_Slope.apply(kappa, ctx.dim + 2) - h), None
 
 
 def log_normalizer(kappa: Float[Tensor, "*shape"], dim: int, *, terms: int | None = None) -> Float[Tensor, "*shape"]:
@@ -105,7 +107,7 @@ def log_normalizer(kappa: Float[Tensor, "*shape"], dim: int, *, terms: int | Non
         kappa: concentrations, finite and >= 0 (1e8 is fine); any shape.
         dim: p >= 2, the dimension of the space the sphere lies in.
         terms: None evaluates to rounding error. `terms=1` is the paper's approximation (U_0 = 1 in Eq. 5),
-            `terms=n` keeps U_0 .. U_{n-1} at the order nu itself; these need dim >= 3.
+            `terms=n` keeps U_0 .. U_{n-1}, n <= 6, at the order nu itself; these need dim >= 3.
 
     Returns:
         float32 for float32 and lower precision, float64 for float64. The computation is in float64: K values cost
@@ -116,23 +118,23 @@ def log_normalizer(kappa: Float[Tensor, "*shape"], dim: int, *, terms: int | Non
     """
     if dim < 2:
         raise ValueError(f"dim={dim}: the von Mises-Fisher density needs at least 2 dimensions")
-    wide = kappa.double()
     if terms is None:
-        value = _LogNormalizer.apply(wide, dim)
+        value = _LogNormalizer.apply(kappa.double(), dim)
     else:
-        if dim < 3 or not 1 <= terms <= _TERMS:
-            raise ValueError(f"terms={terms}, dim={dim}: the expansion needs dim >= 3 and 1 to {_TERMS} terms")
+        if dim < 3 or not 1 <= terms <= 6:  # more make the sum negative where nu < 1: the series is asymptotic
+            raise ValueError(f"terms={terms}, dim={dim}: the expansion needs dim >= 3 and 1 to 6 terms")
         nu = dim / 2 - 1
-        s = torch.hypot(wide, torch.full_like(wide, nu))
-        tail = torch.log(_polynomials(_series(_TERMS)[0][:terms], nu / s, nu))
+        s = torch.hypot(kappa.double(), torch.full_like(kappa, nu, dtype=torch.float64))
+        tail = torch.log(_expansion(nu / s, nu, terms)[0])
         value = nu * torch.log(nu + s) - s + 0.5 * torch.log(2 * torch.pi * s) - tail
-        value = value - 0.5 * dim * torch.log(torch.tensor(2 * torch.pi, dtype=wide.dtype))
-    return value.to(torch.promote_types(kappa.dtype, torch.float32))
+        value = value - 0.5 * dim * math.log(2 * math.pi)
+    return value.to(wide(kappa).dtype)
 
 
 def mean_cosine(kappa: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
     """A_p(kappa) = I_{p/2}(kappa) / I_{p/2-1}(kappa) = E<mu, y>, from 0 (uniform) to 1 (a point); differentiable."""
-    return _MeanCosine.apply(kappa.double(), dim).to(torch.promote_types(kappa.dtype, torch.float32))
+    kappa64 = kappa.double()
+    return (kappa64 * _Slope.apply(kappa64, dim)).to(wide(kappa).dtype)
 
 
 def log_density(
@@ -142,9 +144,9 @@ def log_density(
 
     It is written as (log C_p + kappa) - kappa |y - mu|^2 / 2, which keeps its digits at large kappa.
     """
-    kappa = torch.as_tensor(kappa, device=y.device).double()
+    kappa = torch.as_tensor(kappa, device=y.device, dtype=torch.float64)
     peak = log_normalizer(kappa, y.shape[-1]) + kappa
-    return (peak - 0.5 * kappa * (y.double() - mu.double()).square().sum(-1)).to(y.dtype)
+    return (peak - 0.5 * kappa * (y.double() - mu.double()).square().sum(-1)).to(wide(y).dtype)
 
 
 def sample(
@@ -159,18 +161,18 @@ def sample(
     in 1 - w so that kappa up to 1e8 keeps its digits. kappa = 0 gives the uniform distribution.
 
     Raises:
-        ValueError: mu has fewer than two entries or no direction, or kappa is negative.
+        ValueError: mu has fewer than two entries or no direction, or kappa is negative or not finite.
     """
     kappa, dim = float(kappa), mu.shape[-1]
     if dim < 2 or not torch.isfinite(mu).all() or mu.norm() == 0:
         raise ValueError("mu must be a finite non-zero vector with at least 2 entries")
-    if not kappa >= 0:
-        raise ValueError(f"kappa={kappa} must be >= 0")
+    if not 0 <= kappa < math.inf:
+        raise ValueError(f"kappa={kappa} must be finite and >= 0")
     m = dim - 1
     b = m / (2 * kappa + (4 * kappa**2 + m**2) ** 0.5)
     x0 = (1 - b) / (1 + b)
     # log of the envelope's constant, with 1 - x0^2 = 4 b / (1 + b)^2
-    c = kappa * x0 + m * torch.log(torch.tensor(4 * b / (1 + b) ** 2, dtype=torch.float64)).item()
+    c = kappa * x0 + m * math.log(4 * b / (1 + b) ** 2)
     gap = torch.empty(0, dtype=torch.float64)  # 1 - w of the accepted draws
     while len(gap) < n:
         size = 2 * (n - len(gap)) + 16
@@ -183,7 +185,7 @@ def sample(
         accept = kappa * w + m * torch.log(2 * b / ((1 + b) * denominator)) - c >= log_u
         gap = torch.cat([gap, one_minus_w[accept]])
     gap = gap[:n, None]
-    mean = (mu / mu.norm()).double().cpu()
+    mean = mu.double().cpu() / mu.double().norm().cpu()
     v = torch.randn(n, dim, generator=generator, dtype=torch.float64)
     v = v - (v @ mean)[:, None] * mean
     v = v / v.norm(dim=-1, keepdim=True)
@@ -203,7 +205,7 @@ class Mixture:
     def log_joint(self, y: Float[Tensor, "n dim"]) -> Float[Tensor, "n k"]:
         """log pi_k + log f(y; mu_k, kappa_k); its softmax are the responsibilities (vMF, Eq. 2)."""
         log_c = log_normalizer(self.kappa, y.shape[-1])
-        return torch.log(self.weights) + log_c + y @ (self.kappa[:, None] * self.mu).T
+        return torch.log(self.weights) + log_c + y.to(self.mu.dtype) @ (self.kappa[:, None] * self.mu).T
 
     def responsibilities(self, y: Float[Tensor, "n dim"]) -> Float[Tensor, "n k"]:
         """r_ik, the posterior of component k for sample i (vMF, Eq. 2)."""
@@ -218,8 +220,9 @@ def fit_concentration(r: Float[Tensor, "*shape"], dim: int, largest: float = 1e6
     r = r.double().clamp(0.0, 1 - 1e-12)
     kappa = (r * (dim - r**2) / (1 - r**2)).clamp_max(largest)
     for _ in range(12):
-        a = mean_cosine(kappa, dim)
-        slope = (1 - a**2 - (dim - 1) / _bessel(kappa, dim / 2 - 1)[1]).clamp_min(1e-300)
+        q = _bessel(kappa, dim / 2 - 1)[1]
+        a = kappa / q
+        slope = (1 - a**2 - (dim - 1) / q).clamp_min(1e-300)
         kappa = torch.maximum(kappa - (a - r) / slope, kappa / 10).clamp_max(largest)
     return kappa
 
@@ -233,7 +236,7 @@ def fit_mixture(
     uniform_weights: bool = False,
     tolerance: float = 1e-8,
     batch_size: int = 256,
-    lr: float = 0.05,
+    lr: float = 0.1,
     seed: int = 0,
 ) -> Mixture:
     """Fit a mixture of k von Mises-Fisher components to unit vectors, by EM or as DINO would.
@@ -260,7 +263,7 @@ def fit_mixture(
     y = y.double()
     generator = torch.Generator().manual_seed(seed)
     mu = _spread_start(y, k, generator)
-    start = fit_concentration((y @ mu.T).amax(-1).mean().clamp_min(0), dim, largest=1e3)
+    start = fit_concentration((y @ mu.T).amax(-1).mean().clamp_min(0), dim, largest=1e3).clamp_min(1.0)
     if method == "prototypes":
         return _fit_prototypes(y, mu * start, steps, batch_size, lr, uniform_weights, generator)
     fit = Mixture(mu, start.expand(k), y.new_full((k,), 1 / k), ())

@@ -22,9 +22,7 @@ def test_features_equal_timms_own_forward_at_any_size(options):
 
 def test_weights_come_out_with_timms_names():
     backbone = Backbone("vit_tiny_patch16_224", 64, embed_dim=32, depth=2, num_heads=2)
-    theirs = timm.create_model(
-        "vit_tiny_patch16_224", img_size=64, num_classes=0, embed_dim=32, depth=2, num_heads=2
-    )
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0, embed_dim=32, depth=2, num_heads=2)
     theirs.load_state_dict(backbone.vit.state_dict())
 
 

@@ -64,7 +64,9 @@ def test_probability_centering_keeps_the_normalizer():
 def test_cross_entropy_of_uniform_against_uniform_is_ln_k():
     for k in (1024, 4096, 65536):
         uniform = torch.full((2, k), 1 / k, dtype=torch.float64)
-        assert abs(float(objectives.cross_entropy(uniform, torch.zeros(2, k, dtype=torch.float64))) - math.log(k)) < 1e-9
+        assert (
+            abs(float(objectives.cross_entropy(uniform, torch.zeros(2, k, dtype=torch.float64))) - math.log(k)) < 1e-9
+        )
 
 
 def test_coding_rate_in_groups_is_the_mean_of_processes_that_do_not_reduce():

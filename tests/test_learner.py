@@ -76,7 +76,9 @@ def test_loss_equals_a_rederivation_from_the_papers(name):
 def _reference(learner, method, views, masks, tau_t, tau_s, center):
     student, teacher = learner.student, learner.teacher
     n, use_mask = len(views[0]), method.patch is not None
-    s_out = [student.backbone(v, masks[i * n : (i + 1) * n] if use_mask and i < 2 else None) for i, v in enumerate(views)]
+    s_out = [
+        student.backbone(v, masks[i * n : (i + 1) * n] if use_mask and i < 2 else None) for i, v in enumerate(views)
+    ]
     t_out = [teacher.backbone(v) for v in views[:2]]
     code = lambda net, x: F.normalize(net.projector.mlp(x), dim=-1)
     ys, yt = [code(student, f) for f, _ in s_out], [code(teacher, f) for f, _ in t_out]
@@ -188,9 +190,11 @@ def test_masked_places_alone_carry_the_patch_term():
 
 def test_a_new_method_is_a_recipe_and_nothing_else():
     """A toy nobody wrote: dot scores, no centering, entropy of the student's marginal enlarged."""
-    toy = METHODS["dino"].but(
-        n_prototypes=24, views=Views(2, 0), score=scores.dot, targets=(), regularizers=()
-    ).plus(-1.0, regularizers.mean_entropy, on="probabilities")
+    toy = (
+        METHODS["dino"]
+        .but(n_prototypes=24, views=Views(2, 0), score=scores.dot, targets=(), regularizers=())
+        .plus(-1.0, regularizers.mean_entropy, on="probabilities")
+    )
     learner = make(toy)
     views, _ = batch()
     step = learner(views[:2], None, 0.05)
