@@ -20,8 +20,9 @@ from prototypes_lib import __version__
 class Log:
     """metrics.jsonl line by line, a line of progress at most every 10 s, metrics.csv and result.json at the end."""
 
-    def __init__(self, folder: Path, name: str, steps: int, k: int, progress: bool):
-        self.folder, self.name, self.steps, self.k, self.progress = folder, name, steps, k, progress
+    def __init__(self, folder: Path, name: str, steps: int, batch_size: int, k: int, progress: bool):
+        self.folder, self.name, self.steps, self.progress = folder, name, steps, progress
+        self.batch_size, self.k = batch_size, k
         self.rows: list[dict[str, float]] = []
         self._said = -math.inf
 
@@ -50,7 +51,7 @@ class Log:
                 f" (ln K {math.log(self.k):.3f})  teacher entropy {row['teacher_entropy']:.3f}  M {row['M']}/{self.k}"
             )
         left = seconds / step * (self.steps - step)
-        return f"{text}  {step / seconds:.1f} steps/s  {int(left // 60)}:{int(left % 60):02d} left"
+        return f"{text}  {step * self.batch_size / seconds:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
 
     def finish(self, summary: dict[str, Any]) -> None:
         names = list(dict.fromkeys(key for row in self.rows for key in row))

@@ -169,7 +169,7 @@ def train(method: str | Method, run: Run, name: str | None = None, *, stop_after
     trainer = _Trainer(learner, optimizer, run, images, device, state.get("precision"))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(what, indent=2))
-    log = Log(folder, name, trainer.steps, method.n_prototypes, run.progress)
+    log = Log(folder, name, trainer.steps, run.batch_size, method.n_prototypes, run.progress)
     log.rewind(state["step"])
     started, first = time.perf_counter() - state.get("seconds", 0.0), state["step"]
     every = max(1, round(run.checkpoint_epochs * trainer.steps_per_epoch))

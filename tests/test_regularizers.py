@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prototypes_lib.regularizers import coding_rate, koleo, mean_entropy, nearest, power_law, prior_matching
+from prototypes_lib.regularizers import coding_rate, expansion, koleo, mean_entropy, nearest, power_law, prior_matching
 
 EPS = math.sqrt(0.05)  # the released SimDINO's eps=0.05 is our eps^2
 
@@ -141,7 +141,7 @@ class TestKoleo:
             assert torch.isfinite(g).all()
 
     def test_autocast_changes_nothing(self):
-        x = randn(50, 32)
+        x = randn(300, 3)  # so close together that bfloat16 products would pick other neighbours
         expected, slope = gradient(koleo, x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value, g = gradient(koleo, x)
@@ -170,6 +170,12 @@ class TestPartition:
         x = randn(40, 6)
         value = [float(koleo(x, parts=5, generator=rng(seed))) for seed in (1, 1, 2)]
         assert value[0] == value[1] != value[2]
+
+    def test_a_part_of_one_vector_counts_as_zero_in_the_mean(self):
+        x = randn(3, 6)  # in parts of two and one
+        pair = torch.randperm(3, generator=rng(5))[:2]
+        expected = -math.log(float((F.normalize(x[pair], dim=-1).diff(dim=0)).norm())) * 2 / 3
+        assert float(koleo(x, parts=2, generator=rng(5))) == pytest.approx(expected, abs=1e-6)
 
     @given(n=st.integers(4, 40), parts=st.integers(1, 8), seed=st.integers(0, 50))
     def test_neighbours_in_a_part_are_never_nearer(self, n, parts, seed):
@@ -260,7 +266,9 @@ class TestCodingRate:
             z = F.normalize(randn(1, p), dim=-1).expand(n, p)
         gamma = (p + n) / (p * n)
         tolerance = 0.002 if kind == "random" else 0.5 * 10 ** -len(f"{expected}".split(".")[1]) + 1e-6
-        assert gamma * float(coding_rate(z, EPS, groups=processes)) == pytest.approx(expected, abs=max(tolerance, 5e-5))
+        value = gamma * float(coding_rate(z, EPS, groups=processes))
+        assert float(expansion(z, EPS, groups=processes)) == pytest.approx(value, rel=1e-6)
+        assert value == pytest.approx(expected, abs=max(tolerance, 5e-5))
 
     @given(
         n=st.integers(1, 24),

@@ -84,7 +84,7 @@ def test_a_run_folder_tells_the_whole_story(tmp_path):
 def test_progress_shows_loss_ln_k_entropy_m_speed_and_time_left(tmp_path, capsys):
     train(method(), run(tmp_path, progress=True), "x")
     text = capsys.readouterr().out
-    for word in ("step 6/6", "ln K 2.773", "teacher entropy", "M ", "steps/s", "left"):
+    for word in ("step 6/6", "ln K 2.773", "teacher entropy", "M ", "images/s", "left"):
         assert word in text
 
 

@@ -2,8 +2,12 @@
 
 A constraints file pins what is installed and installs nothing by itself, so lines for another platform or Python do
 no harm. Packages that the project did not bring (pip itself, an editable checkout) are left out.
+
+What only another Python needs comes from reports of its pip, given as arguments; each is made by
+`pip install --dry-run --ignore-installed --report FILE -c constraints.txt '.[notebooks,eval,cli,dev]'`.
 """
 
+import json
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
@@ -42,9 +46,16 @@ def main() -> None:
         f"# Versions with which the course was run (made on Python {python} by `make pins`).",
         "# pip install -c constraints.txt -e '.[notebooks,eval,cli,dev]'",
     ]
-    for name, version in closure("prototypes_lib").items():
-        marker = ' ; sys_platform == "linux"' if name.startswith(LINUX) else ""
-        lines.append(f"{name}=={version}{marker}")
+    pins = closure("prototypes_lib")
+    markers = {name: ' ; sys_platform == "linux"' for name in pins if name.startswith(LINUX)}
+    for path in sys.argv[1:]:
+        report = json.loads(Path(path).read_text())
+        for item in report["install"]:
+            name = canonicalize_name(item["metadata"]["name"])
+            if name not in pins and name != "prototypes-lib":
+                pins[name] = item["metadata"]["version"].split("+")[0]
+                markers[name] = f' ; python_version == "{report["environment"]["python_version"]}"'
+    lines += [f"{name}=={pins[name]}{markers.get(name, '')}" for name in sorted(pins)]
     Path(__file__).parent.parent.joinpath("constraints.txt").write_text("\n".join(lines) + "\n")
     print(f"constraints.txt: {len(lines) - 2} versions")
 
