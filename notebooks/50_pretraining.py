@@ -244,30 +244,31 @@ figures.show(fig, alt="Eight test images and their four nearest training images 
 # What a scoreboard reads: every run's figures with config, seeds, command, commit and hardware.
 
 # %%
+recorded = [
+    {"kind": kind, "n_prototypes": k, "seed": seed, "hash": result.summary["hash"], "last": result.last,
+     "seconds": result.summary["seconds"], "images_per_second": result.summary["images_per_second"],
+     "environment": result.summary["environment"], "M": [[row["step"], row.get("M")] for row in result.metrics],
+     "knn": scored[k, kind, seed][0].accuracy, "knn_interval": scored[k, kind, seed][0].interval,
+     "n_test": scored[k, kind, seed][0].n}
+    for (k, kind, seed), result in trained.items()
+]  # fmt: skip
 settings = {"data": data, "recipe": recipe, "scale": scale, "n_prototypes": n_prototypes, "seeds": seeds}
-record = {
-    "notebook": "50_pretraining", "command": "prototypes run --only 50", "parameters": settings | {"steps": n_steps},
-    "untrained_knn": untrained[0].accuracy,
-    "runs": [
-        {"kind": kind, "n_prototypes": k, "seed": seed, "hash": result.summary["hash"], "last": result.last,
-         "seconds": result.summary["seconds"], "images_per_second": result.summary["images_per_second"],
-         "environment": result.summary["environment"],
-         "M": [[row["step"], row.get("M")] for row in result.metrics], "knn": scored[k, kind, seed][0].accuracy,
-         "knn_interval": scored[k, kind, seed][0].interval, "n_test": scored[k, kind, seed][0].n}
-        for (k, kind, seed), result in trained.items()
-    ],
-}  # fmt: skip
+record = {"notebook": "50_pretraining", "command": "prototypes run --only 50", "untrained_knn": untrained[0].accuracy,
+          "parameters": settings | {"steps": n_steps}, "runs": recorded}  # fmt: skip
 Path(results).mkdir(parents=True, exist_ok=True)
 Path(results, f"50_{Path(data).name}_{scale}.json").write_text(json.dumps(record, indent=1))
+
+# %%
 print(f"{'method':14s} {'seed':>4s} {'M':>5s} {'kNN %':>6s}  interval        verdict")
 for (k, kind, seed), result in trained.items():
     best, accuracy = scored[k, kind, seed][0].best
     low, high = scored[k, kind, seed][0].interval[best]
-    last = result.last
-    kindof = "" if not k else collapse.verdict(loss=last["image"], k=k, teacher_entropy=last["teacher_entropy"],
-                                               unique=int(last["M"])).kind  # fmt: skip
-    print(f"{kind + (f' K={k}' if k else ''):14s} {seed:4d} {last.get('M', ''):>5} {accuracy:6.2f}  "
-          f"[{low:.1f}, {high:.1f}] k={best:<4d} {kindof}")  # fmt: skip
+    last, said = result.last, ""
+    if k:
+        meters = {"loss": last["image"], "teacher_entropy": last["teacher_entropy"]}
+        said = collapse.verdict(k=k, unique=int(last["M"]), marginal_entropy=last["marginal_entropy"], **meters).kind
+    name = kind + (f" K={k}" if k else "")
+    print(f"{name:14s} {seed:4d} {last.get('M', ''):>5} {accuracy:6.2f}  [{low:.1f}, {high:.1f}] k={best:<4d} {said}")
 
 # %%
 course.finish()

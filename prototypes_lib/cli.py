@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from prototypes_lib.train import Run
+from prototypes_lib.settings import Run
 
 IMAGENET = Run()
 
@@ -114,7 +114,7 @@ def evaluate(
 
     from prototypes_lib import checkpoints, evaluate
     from prototypes_lib.data import load
-    from prototypes_lib.train import pick_device, stored_size
+    from prototypes_lib.train import pick_device
 
     backbone = checkpoints.load_backbone(run_folder)
     about = run_folder / ("config.json" if (run_folder / "config.json").is_file() else "about.json")
@@ -122,7 +122,7 @@ def evaluate(
     where, device_ = data or trained.data, pick_device(device)
     features = []
     for split in ("train", "test"):
-        images = load(where, split, root=root, image_size=stored_size(trained))
+        images = load(where, split, root=root, image_size=trained.stored_size)
         features.append(evaluate.extract(backbone, images, size=size or trained.image_size, device=device_))
     result = evaluate.knn(*features, tuple(k), temperature=temperature, device=device_)
     print(f"kNN on {where}, {result.n} test images, T = {temperature}")

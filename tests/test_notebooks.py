@@ -38,7 +38,7 @@ def test_anatomy(path):
     assert code[-1].source.strip() == "course.finish()"
     assert sum(c.cell_type == "markdown" and c.source.startswith("## ") for c in found) <= 5
     for cell in code:
-        assert len(cell.source.splitlines()) <= 34, cell.source[:60]
+        assert len(cell.source.splitlines()) <= 20, cell.source[:60]
     for cell in code[1:2]:
         imports = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Import | ast.ImportFrom)]
         assert len(imports) <= 10

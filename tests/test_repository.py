@@ -15,7 +15,7 @@ EXTRAS = ("notebooks", "eval", "cli", "dev")
 IDEAS = {"vmf", "scores", "assignment", "objectives", "regularizers", "methods", "collapse", "precision"}
 MACHINERY = {
     "data", "views", "photometric", "masks", "backbones", "heads", "learner", "schedules", "train", "checkpoints",
-    "records",
+    "records", "settings",
 }  # fmt: skip
 READING = {"evaluate", "figures", "course", "cli"}
 

@@ -1,0 +1,34 @@
+import matplotlib.pyplot as plt
+import pytest
+
+from prototypes_lib import figures
+from prototypes_lib.methods import METHODS
+
+
+def test_every_method_has_a_colour_and_additions_have_their_own():
+    assert figures.method_color("ibot-vmf-kp") == figures.METHOD["kp"]
+    assert figures.method_color("dino-kd") == figures.METHOD["kd"]
+    assert figures.method_color("simdino") == figures.METHOD["simdino"]
+    assert {figures.method_color(name) for name in METHODS} <= set(figures.METHOD.values())
+
+
+def test_colours_of_methods_differ_and_so_do_their_markers():
+    assert len(set(figures.METHOD.values())) == len(figures.METHOD)
+    assert len(set(figures.MARKER.values())) == len(figures.MARKER)
+
+
+def test_a_figure_without_alt_text_is_refused():
+    with pytest.raises(ValueError, match="alt text"):
+        figures.show(plt.figure(), alt="curve")
+
+
+def test_a_shown_figure_is_closed_and_carries_its_alt_text(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata: seen.update(data | metadata))
+    figures.use_style()
+    fig, axis = plt.subplots()
+    axis.plot([0, 1], [0, 1])
+    alt = "A straight line from the lower left to the upper right."
+    figures.show(fig, alt=alt)
+    assert seen["image/png"] == {"alt": alt} and seen["text/plain"] == alt
+    assert not plt.fignum_exists(fig.number)
