@@ -39,6 +39,7 @@ from prototypes_lib import course, figures, objectives, regularizers
 
 figures.use_style()
 torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)  # small matrices: threads would only wait for each other
 EPS, GAMMA = math.sqrt(0.05), 1 / 256 + 1 / 512  # distortion and weight of the released recipe, 512 codes
 unit = lambda n, d, seed: F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
 tangent = lambda g, Z: g - (g * Z).sum(1, keepdim=True) * Z  # the part that an L2 normalization lets through

@@ -53,13 +53,13 @@ def unique_prototypes(w: Float[Tensor, "k dim"], eps: float = 0.025) -> UniquePr
         ValueError: eps outside (0, 2], no prototype, or a prototype without direction.
     """
     x = _directions(w, eps)
-    k, limit = len(x), 1 - eps
+    k = len(x)
     representatives: list[int] = []
     assignment = np.full(k, -1, dtype=np.int64)
     kept = x.new_empty(0, x.shape[1])
     for start in range(0, k, _BLOCK):
         block = x[start : start + _BLOCK]
-        first = _first_match(block, kept, limit)
+        first = _first_match(block, kept, eps)
         assignment[start : start + _BLOCK] = first
         rest = np.flatnonzero(first < 0)
         if not len(rest):
@@ -90,21 +90,27 @@ def _directions(w: Tensor, eps: float) -> Tensor:
     return F.normalize(wide(w), dim=-1)
 
 
-def _first_match(block: Tensor, kept: Tensor, limit: float) -> np.ndarray:
-    """For each row of the block the first kept row with cosine above the limit, or -1."""
+def _first_match(block: Tensor, kept: Tensor, eps: float) -> np.ndarray:
+    """For each row of the block the first kept row with 1 - cos < eps, or -1."""
     found = torch.full((len(block),), -1, dtype=torch.int64, device=block.device)
     for start in range(0, len(kept), 16 * _BLOCK):
         open_rows = torch.nonzero(found < 0)[:, 0]
         if not len(open_rows):
             break
-        near = block[open_rows] @ kept[start : start + 16 * _BLOCK].T > limit
-        hit, place = near.max(dim=-1)  # the first True
-        found[open_rows[hit]] = place[hit] + start
+        similarity = block[open_rows] @ kept[start : start + 16 * _BLOCK].T
+        hit = 1 - similarity.amax(dim=-1) < eps  # few rows, late in the search: only these are looked through
+        place = (1 - similarity[hit] < eps).int().argmax(dim=-1)  # the first True
+        found[open_rows[hit]] = place + start
     return found.cpu().numpy()
 
 
 def unique_range(w: Float[Tensor, "k dim"], eps: float = 0.025, orders: int = 10, seed: int = 0) -> tuple[int, int]:
-    """Smallest and largest M of `unique_prototypes` over random orders of the prototypes: what the order decides."""
+    """Smallest and largest M of `unique_prototypes` over random orders of the prototypes: what the order decides.
+
+    Raises ValueError as `unique_prototypes`, and without any order.
+    """
+    if orders < 1:
+        raise ValueError(f"orders={orders}: a range needs at least one order")
     generator = torch.Generator().manual_seed(seed)
     shuffles = [torch.randperm(len(w), generator=generator).to(w.device) for _ in range(orders)]
     counts = [unique_prototypes(w[order], eps).count for order in shuffles]
@@ -121,13 +127,14 @@ def connected_components(w: Float[Tensor, "k dim"], eps: float = 0.025) -> int:
     x, unique = _directions(w, eps), unique_prototypes(w, eps)
     order = torch.argsort(unique.assignment, stable=True)
     x, part = x[order.to(x.device)], unique.assignment[order].numpy()
-    starts = np.flatnonzero(np.r_[True, part[1:] != part[:-1]])
     rows, columns = [], []
     for start in range(0, len(x), _BLOCK):
-        near = (1 - x[start : start + _BLOCK] @ x.T < eps).cpu().numpy()
-        i, j = np.nonzero(np.logical_or.reduceat(near, starts, axis=1))
-        rows.append(part[start + i])
-        columns.append(part[starts[j]])
+        rest = part[start:]  # links are symmetric: each block looks only onwards
+        firsts = np.flatnonzero(np.r_[True, rest[1:] != rest[:-1]])
+        near = (1 - x[start : start + _BLOCK] @ x[start:].T < eps).cpu().numpy()
+        i, j = np.nonzero(np.logical_or.reduceat(near, firsts, axis=1))
+        rows.append(rest[i])
+        columns.append(rest[firsts[j]])
     i, j = np.concatenate(rows), np.concatenate(columns)
     graph = coo_array((np.ones(len(i), dtype=bool), (i, j)), shape=(unique.count, unique.count))
     return int(_components(graph, directed=False)[0])
@@ -190,7 +197,8 @@ def void_set(w: Float[Tensor, "k dim"], codes: Float[Tensor, "n dim"], eps: floa
     mean = wide(codes).mean(0)
     if float(mean.norm()) < 1e-6:
         raise ValueError("the codes average to zero: there is no direction away from the data")
-    cosine = F.normalize(wide(w), dim=-1) @ F.normalize(mean, dim=-1).to(w.device)
+    w = wide(w)
+    cosine = F.normalize(w, dim=-1) @ F.normalize(mean, dim=-1).to(w)
     mask = 1 + cosine < eps
     return VoidSet(int(mask.sum()), mask, cosine)
 

@@ -109,8 +109,8 @@ def coding_rate(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float
 def expansion(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float[Tensor, ""]:
     """gamma R with gamma = 1/d + 1/n: SimDINO's coding-rate term as its released code weighs it (to be enlarged).
 
-    Sim, section 2.3 proposes gamma of the order of eps sqrt(n / (d min(d, n))), which the code has commented out; the
-    two move in opposite directions with n. Arguments and errors as `coding_rate`.
+    Sim, section 2.3 proposes gamma of the order of eps sqrt(n / (d min(d, n))), which the code has commented out: it
+    grows with n beyond d, while the code's falls. Arguments and errors as `coding_rate`.
     """
     n, dim = z.shape
     return (1 / dim + 1 / n) * coding_rate(z, eps, groups)

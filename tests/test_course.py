@@ -268,7 +268,7 @@ def test_finish_prints_versions_and_hardware_but_neither_paths_nor_host_name(cap
     course.finish()
     plain = capsys.readouterr().out
     assert [line.split(":")[0] for line in plain.splitlines()] == ["versions", "hardware", "commit", "wall time"]
-    assert f"Python {sys.version.split()[0]}" in plain and re.search(r"torch \d", plain)
+    assert f"python {sys.version.split()[0]}" in plain and re.search(r"torch \d", plain)
     assert not re.search(r"(^|\s)/\w", plain) and str(Path.home()) not in plain and os.uname().nodename not in plain
     monkeypatch.setenv(RUN_ID, "abc")
     course.finish()

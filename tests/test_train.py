@@ -74,7 +74,7 @@ def test_a_run_folder_tells_the_whole_story(tmp_path):
     last = result.last
     assert {"loss", "teacher_entropy", "kl", "marginal_entropy", "M", "lr", "seconds"} <= set(last)
     assert abs(last["image"] - last["kl"] - last["teacher_entropy"]) < 1e-5
-    assert result.summary["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result.summary["environment"]["torch"])
     header = (result.folder / "metrics.csv").read_text().splitlines()[0]
     assert header.startswith("step,loss")
     assert len(checkpoints.steps(result.folder)) == 2

@@ -17,8 +17,11 @@ def finish() -> None:
     """Prints versions, hardware, commit and wall time; neither paths nor host names. Ends every notebook."""
     import torch
 
-    for name, value in environment("cuda" if torch.cuda.is_available() else "cpu").items():
-        print(f"{name}: {value}")
+    found = environment("cuda" if torch.cuda.is_available() else "cpu")
+    packages = ("python", "torch", "torchvision", "timm", "numpy", "prototypes_lib")
+    print("versions: " + ", ".join(f"{name} {found[name]}" for name in packages))
+    print(f"hardware: {found['hardware']}, {found['platform']}")
+    print(f"commit: {found['commit']}")
     print(f"wall time: {_seconds_since_start():.0f} s since the kernel started")
     if run_id := os.environ.get(RUN_ID):
         print(sentinel(run_id), flush=True)
