@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,9 +135,12 @@ def _logits(method, net, y, tau):
     return z
 
 
+_NODES = [torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(400)]
+
+
 def _log_c(kappa, nu):
     """log C_8 up to a constant, from I_3 by its integral (DLMF 10.32.2), differentiable."""
-    x, weight = map(torch.from_numpy, __import__("numpy").polynomial.legendre.leggauss(400))
+    x, weight = _NODES
     theta = (x + 1) * torch.pi / 2
     grow = kappa[:, None] * (torch.cos(theta) - 1)
     integral = (torch.exp(grow) * torch.sin(theta) ** (2 * nu) * weight).sum(-1)
