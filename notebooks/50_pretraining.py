@@ -100,6 +100,7 @@ for seed in seeds if simdino else []:
     jobs.append(("simdino", method, run.but(seed=seed)))
     labels.append((0, "simdino", seed))
 trained = dict(zip(labels, train_all(jobs, workers=workers), strict=True))
+TITLE = {"base": recipe, "kd": "+ KoLeo on data (kd)", "kp": "+ KoLeo on prototypes (kp)"}
 
 # %% [markdown]
 # ## Prototypes over time
@@ -111,7 +112,7 @@ fig, axes = plt.subplots(1, len(n_prototypes) + 1, figsize=(9.5, 3.1), squeeze=F
 for (k, kind, seed), result in trained.items():
     look = {"color": figures.METHOD[kind], "marker": figures.MARKER[kind], "markevery": 4, "lw": 1.2}
     x = [row["step"] for row in result.metrics]
-    name = kind if seed == seeds[0] else None
+    name = TITLE.get(kind) if seed == seeds[0] else None
     if k:
         axes[0, n_prototypes.index(k)].plot(x, [row["M"] / k for row in result.metrics], label=name, **look)
     if k == n_prototypes[-1]:

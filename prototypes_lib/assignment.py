@@ -54,7 +54,7 @@ class Center(_MovingCenter):
     """
 
     @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float) -> Float[Tensor, "batch k"]:
+    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
         scores = wide(log_scores)
         return self._centered(scores, scores.mean(0) * tau, scale=tau)
 
@@ -68,7 +68,7 @@ class ProbabilityCenter(_MovingCenter):
     """
 
     @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float) -> Float[Tensor, "batch k"]:
+    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
         scores = wide(log_scores)
         log_p = torch.log_softmax(scores, dim=-1)
         batch = torch.logsumexp(log_p, dim=0) - math.log(max(len(scores), 1))
@@ -79,7 +79,7 @@ class Normalize(nn.Module):
     """log softmax over the prototypes: the start from which one Sinkhorn step is probability centering (PPC, Eq. 2)."""
 
     @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float) -> Float[Tensor, "batch k"]:
+    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
         return torch.log_softmax(wide(log_scores), dim=-1)
 
 
@@ -97,7 +97,7 @@ class Sinkhorn(nn.Module):
         self.steps = steps
 
     @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float) -> Float[Tensor, "batch k"]:
+    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
         log_q = wide(log_scores)
         for _ in range(self.steps):
             log_q = torch.log_softmax(log_q, dim=0)  # over samples: prototypes share the mass
@@ -119,7 +119,7 @@ class Chain(nn.Module):
         self.links = nn.ModuleList(_build(target, k) for target in targets)
 
     @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float) -> Float[Tensor, "batch k"]:
+    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
         log_q = wide(log_scores)
         for link in self.links:
             log_q = link(log_q, tau)
