@@ -100,12 +100,12 @@ for p in (2, 256):
 
 # %%
 print("break-even cosine at p = 256 for |w|:  1 -> 1.001    1 -> 2    1 -> 10")
-for tau, known in {0.04: (0.143, 0.408), 0.07: (0.083, 0.272), 0.1: (0.058, 0.201)}.items():
+for tau, once in {0.04: (0.143, 0.408), 0.07: (0.083, 0.272), 0.1: (0.058, 0.201)}.items():
     kappa = torch.tensor([1.001, 2.0, 10.0]) / tau
     log_c_1, log_c = vmf.log_normalizer(torch.tensor(1 / tau), 256), vmf.log_normalizer(kappa, 256)
     cosines = (log_c_1 - log_c) / (kappa - 1 / tau)
     print(f"                         tau = {tau:<4}" + "".join(f"{c:>11.3f}" for c in cosines))
-    assert (cosines[1:] - torch.tensor(known)).abs().max() < 6e-4, "these are the reference values at p = 256"
+    assert (cosines[1:] - torch.tensor(once)).abs().max() < 6e-4, "computed once in float64 from the printed formulas"
     path = torch.linspace(1 / tau, 10 / tau, 2001)
     a_p = vmf.mean_cosine(path, 256)
     assert abs(cosines[0] / a_p[0] - 1) < 1e-3, "for a small step the threshold is A_p(kappa)"
@@ -131,13 +131,13 @@ left.set(title="Circle: growing pays below the threshold", xlabel="angle to the 
 for x, color in zip((60.0, 75.0, 85.0), (figures.BLUE, figures.ORANGE, figures.GREEN), strict=True):
     cosine = torch.tensor(x).deg2rad().cos()
     gain = grow / 0.1 * cosine + vmf.log_normalizer(grow / 0.1, 256) - vmf.log_normalizer(torch.tensor(0.0), 256)
-    best = 0.1 * vmf.fit_concentration(cosine, 256)
-    assert abs(grow[gain.argmax()] - best) < 0.02, "the best length is where A_p(kappa) = cos theta"
-    right.plot(grow, gain, color=color, label=f"{x:.0f}°, best |w| = {best:.1f}")
+    assert abs(grow[gain.argmax()] - 0.1 * vmf.fit_concentration(cosine, 256)) < 0.02, "best: A_p(kappa) = cos theta"
+    right.plot(grow, gain, color=color, label=f"{x:.0f}°, best |w| = {grow[gain.argmax()]:.1f}")
     right.plot(grow, grow / 0.1 * cosine, ":", color=color, label="without $\\log C_p$" if x == 85 else None)
 right.set(title="p = 256: one best length", xlabel="length |w| (τ = 0.1)", ylabel="score gained (nats)", ylim=(-15, 95))
 left.legend(), right.legend(loc="upper left")
-figures.show(fig, alt="Two densities on the circle that cross at the threshold; score against prototype length.")
+best = "with log C_p each angle has one best length, without it the score rises forever"
+figures.show(fig, alt=f"Beyond {math.degrees(hat):.0f} degrees the shorter prototype is denser; {best}.")
 
 # %% [markdown]
 # Left (vMF, Fig. 3): the longer prototype is denser near its direction and gives up what lies beyond the threshold.
@@ -187,18 +187,18 @@ for (p, e), marker, color in zip(error.items(), "os^Dvx", plt.cm.cividis(np.lins
     errors.semilogx(x, 1e3 * e, color=color, marker=marker, markevery=9)
 p_grid, k_grid = 2 ** np.linspace(7.4, 12, 65), np.logspace(-2, 4, 241)
 edge = [k_grid[ive(p / 2 - 1, k_grid) == 0].max() for p in p_grid]
-lost.fill_between(p_grid, k_grid[0], edge, color=figures.GREY, alpha=0.5, label="scipy's ive is 0")
+lost.fill_between(p_grid, k_grid[0], edge, color=figures.GRAY, alpha=0.5, label="scipy's ive is 0")
 lost.fill_between([16, 4096], 10, 25, color=figures.ORANGE, alpha=0.6, label="|w| = 1, τ 0.04 to 0.1")
 lost.set(xscale="log", yscale="log", title="Where scipy underflows", xlabel="dimension p", ylabel="κ", ylim=(0.01, 1e5))
 values.set(title="The paper's f(κ) − f(0.5)", xlabel="κ", ylabel="nats")
 errors.set(title="Its error halves as p doubles", xlabel="κ", ylabel="error (10⁻³ nats)")
 values.legend(), lost.legend(loc="upper left")
-figures.show(fig, alt="Approximate log-normalizer, its error for six dimensions, and where scipy underflows.")
+alt = f"The paper's f and its error: below 0.001 nat at p = 256 (at most {error[256].abs().max():.4f}); "
+figures.show(fig, alt + f"scipy is 0 for small kappa (from 0.01 on) at p above about {round(p_grid[0], -1):.0f}.")
 
 # %% [markdown]
-# Left and middle (vMF, Figs. 4 and 5): at $p = 256$ the error of $U_0$ alone is below a thousandth of a nat, beside
-# differences of hundreds: the paper's choice is safe. Right: scipy loses small $\kappa$ and large $p$ (for $p = 1024$
-# all unit prototypes), so the reference is mpmath.
+# Left and middle (vMF, Figs. 4 and 5): at $p = 256$ the error is below a thousandth of a nat, beside differences of
+# hundreds: safe. Right: scipy loses small $\kappa$ at large $p$ (at $p = 1024$ all unit prototypes); hence mpmath.
 #
 # ## 4 · EM and prototypes trained by gradient find the same mixture
 #

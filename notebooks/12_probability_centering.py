@@ -137,7 +137,7 @@ print(f"plain float32: {lost} of {len(w)} centers are -inf; log domain: none, er
 # The official Sinkhorn starts from $e^L$, not from $P$. Rows differ by the factor $Z_b$; they are divided out *after*
 # the columns, so in the first step a sample with large scores weighs more. The limit does not care: $a_b$ absorbs
 # $Z_b$. In the same way a shift of all the scores of one prototype is absorbed by $c_k$, from $e^L$ at once, from $P$
-# only in the limit. **And $\log C_p(\kappa_k)$ is such a shift.** So who hears it?
+# only in the limit. **And $\log C_p(\kappa_k)$ is such a shift.** Which rules are affected by it?
 
 # %%
 rules = {
@@ -152,16 +152,16 @@ for seed in range(n_seeds):
     y, w, per_sample = codes(B, seed), prototypes(seed, spread=0.3), 3 * randn(seed, B, 1)
     dot, vmf = scores.dot(y, w, tau), scores.vmf(y, w, tau)
     moved = [(tv(f(vmf), f(dot)), tv(f(vmf), f(vmf + per_sample))) for f in rules.values()]
-    hears = [(not a < 1e-8, not b < 1e-8) for a, b in moved]
+    affected = [(not a < 1e-8, not b < 1e-8) for a, b in moved]
     wanted = [(False, False), (True, False), (False, True), (True, False), (False, False)]
-    assert hears == wanted, f"seed {seed}: {moved}: which shift a rule hears is a property of the rule"
+    assert affected == wanted, f"seed {seed}: {moved}: which shift affects the targets is a property of the rule"
 print("total variation between targets   with and without log C_p   with a shift per sample")
 print(*(f"{name:34}{a:24.0e}{b:26.0e}" for name, (a, b) in zip(rules, moved, strict=True)), sep="\n")
 
 # %% [markdown]
-# Logit centering cancels $\log C_p$ exactly, the reason (vMF, section 3.4) gives for leaving it. The official Sinkhorn
-# cancels it too, at any number of steps, and so does the limit of every start: such a teacher gives the same targets
-# with vMF scores as with dot products. A few steps from the softmax balance and still hear the normalizer.
+# Logit centering cancels $\log C_p$ exactly; the paper says dampened, and leaves logit centering for it (vMF, section
+# 3.4). The official Sinkhorn cancels it too, at any number of steps, and so does the limit of every start: the targets
+# are those of dot products. A few steps from the softmax balance and are still affected by the normalizer.
 #
 # (vMF, Eq. 9) prints $P$ as the softmax of $\langle w, y\rangle/\tau$, without $\log C_p$: its center describes other
 # assignments than those it is subtracted from. How even are the targets (marginal entropy, at best $\ln K$)?

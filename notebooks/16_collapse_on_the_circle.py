@@ -16,10 +16,10 @@
 #
 # **Claim.** Without a regularizer of the marginal latent class distribution (MLCD) the DINO objective maps all data to
 # one spot. With one, the data spread but the prototypes merge: of K only M stay different (*partial prototype
-# collapse*). KoLeo on the data moves neighbouring data apart and leaves the prototypes merged; KoLeo on the prototypes
+# collapse*). KoLeo on the data moves neighboring data apart and leaves the prototypes merged; KoLeo on the prototypes
 # keeps them apart. And merging can pay: a large cluster with many copies of its prototype *looks* evenly assigned.
 # **Papers.** The pictures of (PPC, Fig. 1 a–d), made by training; (PPC, sections 3 and 4, Definition 4.1, Fig. 2).
-# **Before this:** `12_probability_centering.py`, `14_loss_plateaus.py`. **Cost:** about 25 s on two CPU cores.
+# **Before this:** `12_probability_centering.py`, `14_loss_plateaus.py`. **Cost:** about 40 s on two CPU cores.
 #
 # **Deviations.** A toy: 100 points of four unequal clusters in the plane, one hidden layer, unit prototypes, noise for
 # augmentation, Adam; the encoder starts, like a fresh network, with nearly one code for all data. Chosen by looking at
@@ -31,7 +31,7 @@
 n_seeds: int = 8  # repeats of every run, trained side by side in one tensor
 n_prototypes: int = 12  # K
 steps: int = 600  # optimizer steps a run
-noise: float = 0.3  # standard deviation of a view around its point; neighbouring clusters are 2.8 apart
+noise: float = 0.3  # standard deviation of a view around its point; neighboring clusters are 2.8 apart
 tau_s: float = 0.1  # student temperature
 tau_t: float = 0.05  # teacher temperature, below tau_s: sharpening
 me_weight: float = 2.0  # weight of the mean entropy
@@ -82,7 +82,7 @@ same = first_fit(F.normalize(w, dim=-1), 0.001) == (u.representatives.tolist(), 
 assert same, "the inline rule and the library's should give the same partition"
 
 # %% [markdown]
-# Where copies are tight, every rule gives the same M. In chains (neighbours within $\varepsilon$, ends not) the order
+# Where copies are tight, every rule gives the same M. In chains (neighbors within $\varepsilon$, ends not) the order
 # decides, and "copies of copies are copies" (connected components) gives yet another number.
 
 # %%
@@ -104,7 +104,7 @@ for ax, order, name in zip(axes, (torch.arange(21), luckiest), ("index", "luckie
 figures.show(fig, alt=f"21 prototypes in three chains: {high} parts in index order, {low} in the luckiest order.")
 
 # %% [markdown]
-# Colour and shape tell the parts, spokes the representatives. So a report of M states its rule and its order.
+# Color and shape tell the parts, spokes the representatives. So a report of M states its rule and its order.
 # ## 2. The toy
 # The teacher (a moving average of the student) assigns one noisy view of a point, the student predicts that assignment
 # from the other view: $P_k(y) \propto \exp(\mu_k^\top y / \tau)$, a vMF mixture with equal $\kappa = 1/\tau$ (PPC,
@@ -130,7 +130,7 @@ def encode(net, x):
 # %%
 ME, PC = "mean entropy", "probability centering"
 score = torch.vmap(scores.cosine, in_dims=(0, 0, None))  # the leading dimension is the seed
-koleo, mean_entropy = torch.vmap(regularizers.koleo), torch.vmap(regularizers.mean_entropy)
+koleo = lambda batch: torch.stack([regularizers.koleo(x) for x in batch])  # it looks for copies: not for vmap
 
 
 def loss_of(student, views, targets, mlcd, kd, kp):
@@ -138,7 +138,7 @@ def loss_of(student, views, targets, mlcd, kd, kp):
     log_s = score(y, student["w"], tau_s)
     loss = n_seeds * objectives.cross_entropy(targets.softmax(-1), log_s)  # summed over seeds, as the terms below
     if mlcd == ME:
-        loss = loss - me_weight * mean_entropy(log_s.softmax(-1)).sum()
+        loss = loss - me_weight * torch.vmap(regularizers.mean_entropy)(log_s.softmax(-1)).sum()
     return loss + (kd * koleo(y[:, : len(cluster)]).sum() if kd else 0) + (kp * koleo(student["w"]).sum() if kp else 0)
 
 
@@ -202,8 +202,7 @@ def draw_circle(ax, y, w, u):  # data stacked inwards from the circle, prototype
         x, z = torch.outer(v, 1.1 + 0.095 * torch.arange(r))
         ax.plot(x, z, "o", color="white", mec=PROTO, mew=1.2, ms=4.8, clip_on=False)
         ax.plot(x[0], z[0], "o", color=PROTO, ms=5.5)
-    ax.set(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
-    ax.axis("off")
+    ax.set(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5)), ax.axis("off")
 
 
 # %%
@@ -221,14 +220,15 @@ entries = [("unique prototype", PROTO, "o", PROTO), ("its copies", "white", "o",
 entries += [(f"cluster, {size} points", color, m, color) for size, (color, m) in zip(sizes, CLUSTER, strict=True)]
 handles = [plt.Line2D([], [], ls="", marker=m, mfc=c, mec=e, ms=5, label=name) for name, c, m, e in entries]
 fig.legend(handles=handles, loc="outside lower center", ncols=6)
-figures.show(fig, alt="(a) Data on one spot; (b, c) clusters apart, prototypes in stacks of copies; (d) none merged.")
+middle = "(b) clusters apart, prototypes in stacks of copies; (c) data spread along arcs, stacks stay"
+figures.show(fig, alt=f"(a) Data on one spot; {middle}; (d) no copies.")
 
 # %% [markdown]
 # One seed. Bars: the MLCD, light over all K prototypes, dark when only the unique ones compete; below them the
 # *evenness* $H / \ln(\text{count})$. (a) All codes at one spot, and with sharpening one prototype that takes it. (b)
-# Clusters come apart, prototypes merge on them. (c) Codes that sat on top of one another move apart; the stacks of
-# copies stay. (d) All prototypes stand alone. *Not shown here:* (PPC, Fig. 1c) draws KoLeo-data spreading the data over
-# more of the circle. Here the arc of all codes does not grow (`resultant` in section 4's table, 1 for equal codes).
+# Clusters come apart, prototypes merge into a few, near the clusters. (c) Codes that coincided spread along arcs; the
+# stacks of copies stay. (d) All prototypes stand alone. *Not shown here:* (PPC, Fig. 1c) draws KoLeo-data spreading the
+# data over more of the circle. Here all codes together do not (`resultant` in section 4's table, 1 for equal codes).
 
 # %%
 resultant = {key: run["y"].mean(1).norm(dim=-1) for key, run in runs.items()}
@@ -240,11 +240,11 @@ for mlcd in (ME, PC):
     closer = float((koleo(runs["b", mlcd]["y"]) - koleo(runs["c", mlcd]["y"])).mean())  # in log distance
     assert resultant["b", mlcd].max() < 0.8, "the regularized MLCD should keep the data apart"
     assert b.mean() < 0.5 * n_prototypes, f"(b) M = {b}: partial prototype collapse should leave less than half"
-    assert closer > 0.2, f"KoLeo-data should move codes away from their neighbours: log ratio {closer:.2f}"
+    assert closer > 0.2, f"KoLeo-data should move codes away from their neighbors: log ratio {closer:.2f}"
     assert c.mean() < b.mean() + 1, f"(c) M = {c} against {b}: KoLeo-data should not undo the merging"
-    assert resultant["c", mlcd].mean() > resultant["b", mlcd].mean(), "the text says that the arc does not grow"
+    assert resultant["c", mlcd].mean() > resultant["b", mlcd].mean(), "the text says: all codes together do not spread"
     assert d.mean() > 0.9 * n_prototypes, f"(d) M = {d}: KoLeo-proto should keep nearly all K unique"
-    print(f"{mlcd:22s} M: (b) {b}  (c) {c}  (d) {d}; (c) puts neighbours {math.exp(closer):.1f} times as far apart")
+    print(f"{mlcd:22s} M: (b) {b}  (c) {c}  (d) {d}; (c) puts neighbors {math.exp(closer):.1f} times as far apart")
 
 # %% [markdown]
 # ## 4. The shortcut, and where it does not show
@@ -280,11 +280,11 @@ for i, (mlcd, color, marker) in enumerate(((ME, figures.GREEN, "o"), (PC, figure
     mean, label = [held[mlcd][copies[mlcd] == v].mean() for v in r], f"{mlcd}, rank correlation {rank[mlcd]:.2f}"
     right.plot(r, mean, marker + "-", color=color, ms=7, label=label)
 right.plot([0, 6], [0, 6 / n_prototypes], "--", color=figures.ROLE["bound"], lw=1, label="r / K: each copy holds 1 / K")
-left.set_xticks(range(4), 2 * ["all K", "unique"])
 left.set(title="(b) Even, until copies are removed?", ylabel="evenness of the MLCD, H / ln(count)")
 right.set(title="(b) More data, more copies?", xlabel="redundancy factor r", ylabel="share of the data")
-right.legend(loc="upper left")
-figures.show(fig, alt="Evenness of the MLCD over all and over unique prototypes; data held against copies.")
+left.set_xticks(range(4), 2 * ["all K", "unique"]), right.legend(loc="upper left")
+alt = f"Mean entropy: less even over unique prototypes, more data have more copies (rank correlation {rank[ME]:.2f}); "
+figures.show(fig, alt=alt + f"probability centering: no clear difference, copies tied to data less ({rank[PC]:.2f}).")
 
 # %% [markdown]
 # Thin lines and small points are seeds. With the **mean entropy** the MLCD looks nearly uniform over all K and is less

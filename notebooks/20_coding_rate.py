@@ -106,7 +106,7 @@ rates = torch.tensor([[R(F.pad(unit(n, r, seed), (0, d - r)), EPS) for r in rank
 assert (rates < bound + 1e-9).all() and (rates.diff() > 0).all(), "below the bound, and growing with the rank"
 left.plot(ranks, bound, ":", color=figures.ROLE["bound"], label="bound for rank r")
 left.plot(ranks[3::4], [R(tight(r, n, d), EPS) for r in ranks[3::4]], "D", color=figures.BLUE, label="tight frames")
-left.plot(ranks, rates.T, "o", ms=2.5, color=figures.GREY, label=once("random codes"))
+left.plot(ranks, rates.T, "o", ms=2.5, color=figures.GRAY, label=once("random codes"))
 for path in paths:
     lines = right.semilogy(path[:, :1], color=figures.VERMILLION) + right.plot(path[:, 1:], color=figures.BLUE, lw=0.5)
 left.set(title=f"More rank, more rate (n = {n}, d = {d})", xlabel="rank r of the codes", ylabel="R (nats)")
@@ -149,7 +149,7 @@ for d, n, x in cases:
     for name, Z in codes + [("Remark C.3", frame(power, n, d))] * (x <= 1):
         found[name].append((x, (gradient(Z, eps).norm() / corrected(n, d, eps) * 2).item(), r))
 fig, ax = plt.subplots(figsize=(7, 2.7))
-for name, look, color in zip(found, "o^D", (figures.GREY, figures.BLUE, figures.GREEN), strict=True):
+for name, look, color in zip(found, "o^D", (figures.GRAY, figures.BLUE, figures.GREEN), strict=True):
     x, ratio, r = torch.tensor(found[name]).T
     assert 1.9 < ratio.max() < 2 + 1e-9, f"{name}: well above the printed bound, never above the corrected one"
     ax.semilogx(x, ratio, look, ms=3, color=color, label=name)
@@ -179,7 +179,7 @@ rates = L(Z, 1, 0.05).diagonal().log().sum(), *(regularizers.coding_rate(Z, eps)
 assert abs(rates[0] - rates[1]) < 1e-10, "eps = 0.05 of the code is sqrt(0.05) in the paper and the library"
 print(f"R of 512 random codes: {rates[1]:.0f} nats; with 0.05 taken for epsilon itself it would be {rates[2]:.0f}")
 gamma = {"paper": EPS * torch.sqrt(batches / (d * batches.clamp_max(d))), "code": 1 / d + 1 / batches}
-assert abs(gamma["paper"][4] - 0.0198) < 5e-5 and abs(gamma["code"][4] - 0.0059) < 5e-5, "the values known for n = 512"
+assert abs(gamma["paper"][4] - 0.0198) < 5e-5 and abs(gamma["code"][4] - 0.0059) < 5e-5, "once, in float64"
 assert (gamma["paper"][3:].diff() > 0).all() and (gamma["code"].diff() < 0).all(), "opposite trends from n = d on"
 assert abs(slope(objectives.alignment, Z, unit(512, d, 1)).norm() * 512**0.5 - 1) < 1e-9, "alignment: 1 / sqrt(n)"
 norms = torch.tensor([[gradient(unit(n, d, s), EPS).norm() for s in range(n_seeds)] for n in batches.tolist()])
@@ -192,7 +192,7 @@ for name, look, color in (("paper", "--s", figures.ORANGE), ("code", "-D", figur
     right.loglog(batches, ratio, look, lw=0.8, color=color)
 left.set(title="For n > d the two weights part", xlabel="n, codes in the batch (d = 256)", ylabel="γ"), left.legend()
 right.set(title="Only the code's keeps its balance", xlabel="n", ylabel="gradient of rate / of alignment")
-figures.show(fig, alt="Gamma against batch size for paper and code; ratio of the two terms' gradient norms.")
+figures.show(fig, alt="For n > d gamma rises in the paper, falls in the code; only the code's keeps terms balanced.")
 
 # %% [markdown]
 # Right, random codes: as $n$ grows the gradients of $\gamma R_\varepsilon$ and of the alignment tend to a fixed ratio
@@ -217,9 +217,10 @@ for m, N in ((512, 1), (256, 2), (64, 8), (64, 16), (24, 1), (78, 32)):
     ceiling = (1 / d + 1 / (m * N)) * most(min(m, d), d, EPS * math.sqrt(N))
     assert abs(level[m, N][2] - ceiling) < 1e-9, "orthonormal codes in each process attain section 1's maximum"
     print(f"{m:>3}{N:>4}" + "{:>12.4f}{:>9.4f}{:>10.4f}".format(*level[m, N]))
-known = {(512, 1): 2.283, (256, 2): 1.798, (64, 8): 0.4496, (64, 16): 0.280, (24, 1): 2.935}
-assert all(abs(level[key][2] - value) < 6e-4 for key, value in known.items()), "ceilings known for these splits"
-assert abs(level[64, 8][0] - 0.0189) + abs(level[78, 32][0] - 0.0109) < 1e-4, "and the levels of collapse"
+reference = {(512, 1): 2.283, (256, 2): 1.798, (64, 8): 0.4496, (64, 16): 0.280, (24, 1): 2.935}
+off = max(abs(level[key][2] - value) for key, value in reference.items())
+assert off < 6e-4 and abs(level[64, 8][0] - 0.0189) < 5e-5, "computed once in float64 from the printed formulas"
+assert abs(level[78, 32][0] - 0.0109) < 5e-5, "collapse: the last log line of SimDINO issue 20 (78 codes, 32 processes)"
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.9))
@@ -228,14 +229,13 @@ rate = lambda r, N: [regularizers.expansion(F.pad(unit(512, r, s), (0, d - r)), 
 top, low = ({N: GAMMA * most(r or min(512 // N, d), d, EPS * math.sqrt(N)) for N in splits} for r in (None, 1))
 assert abs(top[512] - low[512]) < 1e-12, "one code a process: ceiling and collapse are the same"
 left.loglog(splits, top.values(), "k^-", label="ceiling"), left.plot(splits, low.values(), "kv:", label="collapsed")
-left.plot(splits, [rate(d, N) for N in splits], "o", color=figures.GREY, label=once("random codes"))
+left.plot(splits, [rate(d, N) for N in splits], "o", color=figures.GRAY, label=once("random codes"))
 for N, look, color in ((1, "-D", figures.GREEN), (8, "-^", figures.BLUE), (64, "-v", figures.PINK)):
     used[N] = (torch.tensor([rate(r, N) for r in ranks]) - low[N]) / (top[N] - low[N])
     right.plot(ranks, 100 * used[N], look, lw=0.8, color=color, label=once(f"N = {N}"))
 assert used[8][-2].min() > 0.85 and used[1][-2].max() < 0.65, "8 processes: most of the gain at half the rank"
-left.set(title="One batch of 512 codes, many objectives", xlabel="processes N", ylabel="γR")
-right.set(title="Split batches saturate", xlabel="rank of random codes", ylabel="share of the range (%)")
-left.legend(), right.legend()
+left.set(title="One batch of 512 codes, many objectives", xlabel="processes N", ylabel="γR"), left.legend()
+right.set(title="Split batches saturate", xlabel="rank of random codes", ylabel="share of range (%)"), right.legend()
 figures.show(fig, alt="Coding rate falls with the number of processes; split batches saturate at lower rank.")
 
 # %% [markdown]
@@ -255,10 +255,10 @@ s = c * t + math.sqrt(1 - c**2) * F.normalize(tangent(unit(512, 256, 2), t), dim
 assert abs(objectives.alignment(s, t) - (s - t).square().sum(1).mean() / 2) < 1e-12, "half a squared distance"
 alone, both = (regularizers.expansion(codes, EPS, 8) for codes in (s, (s + t) / 2))
 ceiling = GAMMA * most(64, 256 * (1 + c) / 2, EPS * math.sqrt(8))
-assert both < min(alone, ceiling) and abs(ceiling - 0.422) < 5e-4, "less length, less rate (0.422 is known)"
+assert both < min(alone, ceiling), "less length, less rate"
+assert abs(ceiling - 0.422) < 5e-4, "0.422 is the level at which SimDINO's released ViT-B log sits"
 print(f"gamma R, 8 x 64 random codes at cosine {c}: student {alone:.3f}, averages {both:.3f} of at most {ceiling:.3f}")
-halved = slope(lambda s: R((s + t) / 2, EPS), t)
-assert torch.allclose(halved, gradient(t, EPS) / 2), "where student and teacher agree, averaging halves the gradient"
+assert torch.allclose(slope(lambda s: R((s + t) / 2, EPS), t), gradient(t, EPS) / 2), "at s = t averages halve it"
 
 
 # %%

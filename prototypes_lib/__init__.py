@@ -1,7 +1,7 @@
 """Prototypes in self-supervised learning: the DINO family as compositions of a few ideas.
 
-Ideas (pure functions): vmf, scores, assignment, objectives, regularizers, methods, collapse.
-Machinery: data, views, backbones, heads, learner, train, checkpoints.
+Ideas (pure functions): vmf, scores, assignment, objectives, regularizers, methods, collapse, precision.
+Machinery: data, views, photometric, masks, backbones, heads, learner, schedules, settings, train, checkpoints, records.
 Reading: evaluate, figures, course, cli.
 """
 

@@ -2,7 +2,7 @@
 
 A link corrects the scores of the prototypes so that none of them takes all the data; the softmax of the last link is
 the target. Everything is in the log domain and in float32 at least: the exponential of a score at temperature 0.04
-overflows float32 from a prototype norm of 3.6 on. Links that remember (the moving averages) keep their memory in a
+overflows float32 from a prototype norm of 3.55 on. Links that remember (the moving averages) keep their memory in a
 buffer, so that a checkpoint holds it.
 """
 
@@ -40,7 +40,8 @@ class _MovingCenter(nn.Module):
         center = batch_center if self.momentum == 0 else self.center
         centered = scores - center.to(scores.dtype) / scale
         if self.training and len(scores):  # a batch without samples (no patch masked) leaves the memory alone
-            self.center.lerp_(batch_center.to(self.center.dtype), 1 - self.momentum)
+            new = torch.lerp(self.center, batch_center.to(self.center.dtype), 1 - self.momentum)
+            self.center.copy_(torch.where(torch.isfinite(new), new, self.center))  # infinities are not remembered
         return centered
 
     def extra_repr(self) -> str:
@@ -50,7 +51,8 @@ class _MovingCenter(nn.Module):
 class Center(_MovingCenter):
     """Logit centering: c <- m c + (1 - m) mean_b z_b, target softmax((z - c) / tau), z = tau * scores (vMF, Eq. 8).
 
-    c is in units of the logits before the temperature, as in the official code, so a temperature schedule rescales it.
+    c is in units of the logits before the temperature, as in the official code, so a temperature schedule rescales it;
+    leave tau at 1 only where the scores are such logits.
     """
 
     @torch.no_grad()
@@ -99,8 +101,11 @@ class Sinkhorn(nn.Module):
     @torch.no_grad()
     def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
         log_q = wide(log_scores)
+        if not len(log_q):
+            return log_q
         for _ in range(self.steps):
-            log_q = torch.log_softmax(log_q, dim=0)  # over samples: prototypes share the mass
+            void = log_q.amax(dim=0, keepdim=True) == -torch.inf  # a prototype nobody can reach stays so
+            log_q = torch.where(void, log_q, torch.log_softmax(log_q, dim=0))  # over samples: equal shares
             log_q = torch.log_softmax(log_q, dim=1)  # over prototypes: a sample is one sample
         return log_q
 

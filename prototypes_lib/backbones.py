@@ -56,14 +56,22 @@ class Backbone(nn.Module):
         if interpolation not in ("antialias", "official"):
             raise ValueError(f"interpolation={interpolation!r}: choose 'antialias' or 'official'")
         shared = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": True}
+        if name not in _SMALL and not (timm.is_model(name) and name.startswith(("vit_", "deit_"))):
+            raise ValueError(f"backbone {name!r} is neither {', '.join(_SMALL)} nor a timm vision transformer (vit_*)")
+        try:
+            if name in _SMALL:
+                self.vit = VisionTransformer(**shared, **(_SMALL[name] | options))
+            else:
+                self.vit = timm.create_model(name, **shared, **options)
+        except TypeError as error:
+            raise ValueError(f"backbone {name!r} does not take an option: {error}") from error
         if name in _SMALL:
-            self.vit = VisionTransformer(**shared, **(_SMALL[name] | options))
             for block in self.vit.blocks:
                 block.attn.fused_attn = False  # plain attention is faster on 17 tokens
-        elif timm.is_model(name) and name.startswith(("vit_", "deit_")):
-            self.vit = timm.create_model(name, **shared, **options)
-        else:
-            raise ValueError(f"backbone {name!r} is neither {', '.join(_SMALL)} nor a timm vision transformer (vit_*)")
+        vit = self.vit
+        plain = type(vit) is VisionTransformer and vit.cls_token is not None and vit.pos_embed is not None
+        if not plain or vit.attn_pool is not None or options.get("patch_drop_rate"):
+            raise ValueError(f"backbone {name!r}: only plain transformers with a class token and positions work here")
         self.name, self.interpolation = name, interpolation
         self.dim: int = self.vit.embed_dim
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
@@ -90,11 +98,11 @@ class Backbone(nn.Module):
         x = vit.patch_embed(x)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = x.flatten(1, 2) + self._positions(x.shape[1:3]).to(x.dtype)
+        x = x.flatten(1, 2) + self._positions(x.shape[1:3])  # in float32 also under autocast, as timm's own forward
         prefix = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
         if not vit.no_embed_class:  # the embedding then holds positions for class token and registers too
             prefix = prefix + vit.pos_embed[:, : vit.num_prefix_tokens]
-        x = torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
         x = vit.norm(vit.blocks(vit.norm_pre(vit.pos_drop(x))))
         return x[:, 0], x[:, vit.num_prefix_tokens :]
 

@@ -112,14 +112,19 @@ def export(run_folder: str | Path, path: str | Path) -> Path:
 
     The head holds the projector (mlp.*) and, where there are prototypes, DINO's last_layer.weight_g and weight_v.
 
-    Raises FileNotFoundError where the folder holds no run with a checkpoint.
+    Raises FileNotFoundError where the folder holds no run with a checkpoint, ValueError where the path holds
+    anything but an earlier export.
     """
     run_folder, path = Path(run_folder), Path(path)
+    files = {"backbone.safetensors", "head.safetensors", "about.json"}
+    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= files):
+        raise ValueError(f"{path} exists and is no export; choose a new folder")
     config, tensors = _newest(run_folder)
     teacher = "teacher." if any(name.startswith("teacher.") for name in tensors) else "student."
     backbone = _strip(tensors, f"{teacher}backbone.vit.")
     head = {f"mlp.{k}": v for k, v in _strip(tensors, f"{teacher}projector.mlp.").items()}
-    head |= {f"last_layer.{k}": v for k, v in _strip(tensors, f"{teacher}prototypes.").items()}
+    found = _strip(tensors, f"{teacher}prototypes.") or _strip(tensors, "student.prototypes.")  # shared ones
+    head |= {f"last_layer.{k}": v for k, v in found.items()}
     write_folder(path, {"backbone.safetensors": backbone, "head.safetensors": head}, {"about.json": config})
     return path
 
@@ -129,9 +134,10 @@ def load_prototypes(path: str | Path, network: str = "teacher") -> Tensor:
 
     network: "teacher" or "student" (an export holds the teacher only).
 
-    Raises FileNotFoundError where there is neither, ValueError for a method without prototypes.
+    Raises FileNotFoundError where there is neither, ValueError for a method without prototypes, another network, or
+    the student of an export.
     """
-    path = Path(path)
+    path = _check(path, network)
     if (path / "head.safetensors").is_file():
         found = _strip(load_file(path / "head.safetensors"), "last_layer.")
     else:
@@ -146,16 +152,25 @@ def load_prototypes(path: str | Path, network: str = "teacher") -> Tensor:
 
 def load_backbone(path: str | Path, network: str = "teacher") -> Backbone:
     """The backbone of a run folder or an export, in eval mode. Raises FileNotFoundError where there is neither."""
-    path = Path(path)
+    path = _check(path, network)
     if (path / "backbone.safetensors").is_file():
         config, tensors = json.loads((path / "about.json").read_text()), load_file(path / "backbone.safetensors")
     else:
         config, tensors = _newest(path)
         tensors = _strip(tensors, f"{network}.backbone.vit.") or _strip(tensors, "student.backbone.vit.")
     run = config["run"]
-    backbone = Backbone(run["backbone"], run["image_size"], **run["backbone_options"])
+    options = {key: value for key, value in run["backbone_options"].items() if key != "pretrained"}
+    backbone = Backbone(run["backbone"], run["image_size"], **options)
     backbone.vit.load_state_dict(tensors)
     return backbone.eval()
+
+
+def _check(path: str | Path, network: str) -> Path:
+    if network not in ("teacher", "student"):
+        raise ValueError(f"network={network!r}: choose 'teacher' or 'student'")
+    if network == "student" and (Path(path) / "head.safetensors").is_file():
+        raise ValueError(f"{path} is an export, which holds the teacher only")
+    return Path(path)
 
 
 def _newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The command line: prototypes run | train | evaluate | doctor | data, each with --help.
+"""The command line: prototypes run | train | evaluate | doctor | export | data, each with --help.
 
 A wrong request ends with status 2 and one line on stderr, before any work.
 """
@@ -6,6 +6,7 @@ A wrong request ends with status 2 and one line on stderr, before any work.
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import re
 import sys
@@ -34,10 +35,10 @@ def run(
 
     Args:
         only: notebooks by number or name; all of them by default.
-        params: a parameter as NAME VALUE, repeatable; unknown names and ill-typed values are refused first.
+        params: NAME VALUE, repeatable, checked first; a folder found from here is made absolute, other text is kept.
         out: folder for the results.
-        timeout: seconds a cell may take.
-        total_timeout: seconds a notebook may take.
+        timeout: seconds a cell may take; 0 = no limit.
+        total_timeout: seconds a notebook may take; 0 = no limit.
         smoke: small values from each notebook's header.
         list: print the notebooks and their parameters, and run nothing.
     """
@@ -49,7 +50,7 @@ def run(
 
 
 def train(
-    method: Positional[str],
+    method: Annotated[Positional[str], arg(metavar="METHOD")],
     run: OmitArgPrefixes[Run] = IMAGENET,
     small: bool = False,
     n_prototypes: int | None = None,
@@ -62,7 +63,7 @@ def train(
     Args:
         method: a recipe: dino, dino-vmf, ibot, ibot-vmf, each also with -kd and -kp, or simdino.
         run: settings of the run.
-        small: start from the settings for a CPU instead of ImageNet's; other options then change them.
+        small: defaults of the other options for a few minutes on a CPU instead of ImageNet's.
         n_prototypes: K, where it is not the recipe's.
         n_local: local crops, where they are not the recipe's.
         ema: the teacher's first momentum, where it is not the recipe's.
@@ -80,9 +81,6 @@ def train(
         composed = composed.but(views=dataclasses.replace(composed.views, n_local=n_local))
     if ema is not None:
         composed = composed.but(ema=ema)
-    if small:
-        given = {f.name: getattr(run, f.name) for f in dataclasses.fields(Run)}
-        run = Run.small(**{key: value for key, value in given.items() if value != getattr(IMAGENET, key)})
     result = start(composed, run, name or method)
     print(result.folder)
     return 0
@@ -90,7 +88,7 @@ def train(
 
 def evaluate(
     protocol: Positional[Literal["knn"]],
-    run_folder: Positional[Path],
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN-FOLDER")],
     data: str | None = None,
     k: tuple[int, ...] = (10, 20, 100, 200),
     temperature: float = 0.07,
@@ -101,10 +99,10 @@ def evaluate(
     """Evaluate the frozen backbone of a run folder or an export.
 
     Args:
-        protocol: knn, weighted nearest neighbours.
+        protocol: knn, weighted nearest neighbors.
         run_folder: a run folder or an export.
         data: a data set or folder; by default the one the run was trained on.
-        k: numbers of neighbours.
+        k: numbers of neighbors.
         temperature: of the votes.
         size: side of the evaluated view in pixels; by default the run's global crop.
         root: where named data sets lie.
@@ -113,17 +111,16 @@ def evaluate(
     import json
 
     from prototypes_lib import checkpoints, evaluate
-    from prototypes_lib.data import load
+    from prototypes_lib.data import check_classes, load
     from prototypes_lib.train import pick_device
 
     backbone = checkpoints.load_backbone(run_folder)
     about = run_folder / ("config.json" if (run_folder / "config.json").is_file() else "about.json")
     trained = Run(**json.loads(about.read_text())["run"])
     where, device_ = data or trained.data, pick_device(device)
-    features = []
-    for split in ("train", "test"):
-        images = load(where, split, root=root, image_size=trained.stored_size)
-        features.append(evaluate.extract(backbone, images, size=size or trained.image_size, device=device_))
+    sets = [load(where, split, root=root, image_size=trained.stored_size) for split in ("train", "test")]
+    check_classes(*sets)
+    features = [evaluate.extract(backbone, s, size=size or trained.image_size, device=device_) for s in sets]
     result = evaluate.knn(*features, tuple(k), temperature=temperature, device=device_)
     print(f"kNN on {where}, {result.n} test images, T = {temperature}")
     for count, accuracy in result.accuracy.items():
@@ -148,9 +145,27 @@ def doctor(path: Positional[Path], eps: float = 0.025, network: Literal["teacher
     kappa = w.norm(dim=-1)
     print(f"K = {len(w)} prototypes of dimension {w.shape[1]} ({network})")
     print(f"M = {unique.count} unique at 1 - cos < {eps} ({unique.share:.1%} of K), index order")
-    print(f"    {low} to {high} over 10 random orders, {collapse.connected_components(w, eps)} connected components")
+    print(f"    other orders give {low} to {high}; {collapse.connected_components(w, eps)} connected components")
     print(f"largest group of copies: {int(unique.redundancy.max())}")
     print(f"lengths |w|: {float(kappa.min()):.3f} to {float(kappa.max()):.3f}, median {float(kappa.median()):.3f}")
+    return 0
+
+
+def export(
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN-FOLDER")],
+    path: Annotated[Positional[Path], arg(metavar="PATH")],
+) -> int:
+    """Write a run's teacher for others: backbone.safetensors (timm's names), head.safetensors, about.json.
+
+    Args:
+        run_folder: a run folder with a checkpoint.
+        path: the folder to write; what it holds is replaced if it is an export, else it must not exist.
+    """
+    from prototypes_lib import checkpoints
+
+    if path.exists() and not (path / "backbone.safetensors").is_file():
+        raise ValueError(f"{path} exists and is no export; name a new folder")
+    print(checkpoints.export(run_folder, path))
     return 0
 
 
@@ -171,7 +186,7 @@ def data(name: Positional[str | None] = None, root: Path | None = None) -> int:
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    "run": run, "train": train, "evaluate": evaluate, "doctor": doctor, "data": data,
+    "run": run, "train": train, "evaluate": evaluate, "doctor": doctor, "export": export, "data": data,
 }  # fmt: skip
 
 
@@ -181,7 +196,7 @@ def run_command(argv: Sequence[str]) -> int:
     try:
         with contextlib.redirect_stderr(said):
             work = tyro.extras.subcommand_cli_from_dict(
-                {name: _deferred(command) for name, command in COMMANDS.items()},
+                {name: _deferred(command, small="--small" in argv) for name, command in COMMANDS.items()},
                 prog="prototypes",
                 description=__doc__,
                 args=list(argv),
@@ -197,16 +212,42 @@ def run_command(argv: Sequence[str]) -> int:
         return 2
 
 
-def _deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
-    """Parsing and working apart, so that only parsing's messages are rewritten."""
+def _deferred(command: Callable[..., int], small: bool) -> Callable[..., Callable[[], int]]:
+    """Parsing and working apart, so that only parsing's messages are rewritten; --small decides a Run's defaults."""
 
     @functools.wraps(command)
     def parsed(*args, **kwargs):
         return functools.partial(command, *args, **kwargs)
 
+    signature = inspect.signature(command)
+    defaults = [
+        p.replace(default=Run.small()) if small and p.default is IMAGENET else p for p in signature.parameters.values()
+    ]
+    parsed.__signature__ = signature.replace(parameters=defaults)  # type: ignore[attr-defined]
     return parsed
 
 
 def _one_line(box: str) -> str:
-    words = [re.sub(r"Error parsing __\S+: ", "", line.strip(" │╭╮╰╯─-\t")) for line in box.splitlines()]
-    return ": ".join(line for line in words if line and not line.startswith("For full helptext"))
+    """tyro's refusal, a heading and sections between rules, as one line: what is wrong, what there is.
+
+    The frame is drawn in lines or, where the terminal knows only ASCII, left out; the rules are there in both.
+    """
+    plain = re.sub(r"╭─ (.*?) ─*╮", r"\1\n---", box).translate(str.maketrans("─│╰╯", "-   "))
+    heading, *sections = map(_joined, re.split(r"^ *-+ *$\n?", plain, flags=re.MULTILINE))
+    said = [text for text in sections if text and not text.startswith(("For full helptext", "Argument helptext"))]
+    if not said:
+        return heading
+    return "; ".join(said) if not said[0].startswith("Expected") else f"{heading}: {'; '.join(said)}"
+
+
+def _joined(section: str) -> str:
+    """The wrapped lines of a section as one, an argument with its help (indented more) in parentheses after it."""
+    text, helping = "", False
+    for line in section.splitlines():
+        inside = len(line) - len(line.lstrip()) >= 8
+        if helping and not inside:
+            text += "),"
+        text += f" ({line.strip()}" if inside and not helping else f" {line.strip()}"
+        helping = inside
+    text = (text + ")" if helping else text).strip()
+    return re.sub(r"Error parsing __\S+: |\.? \(required\)", "", text)

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components as _components
 from torch import Tensor
 
 from prototypes_lib.objectives import entropy
-from prototypes_lib.precision import wide
+from prototypes_lib.precision import directions, wide, without_autocast
 
 _BLOCK = 1024
 
@@ -38,6 +37,7 @@ class UniquePrototypes:
 
 
 @torch.no_grad()
+@without_autocast
 def unique_prototypes(w: Float[Tensor, "k dim"], eps: float = 0.025) -> UniquePrototypes:
     """Greedy first-fit in index order: a prototype joins the first representative with 1 - cos < eps, or becomes one.
 
@@ -84,10 +84,10 @@ def unique_prototypes(w: Float[Tensor, "k dim"], eps: float = 0.025) -> UniquePr
 def _directions(w: Tensor, eps: float) -> Tensor:
     if not 0 < eps <= 2:
         raise ValueError(f"eps={eps}: a cosine distance lies in (0, 2]")
-    lengths = wide(w).norm(dim=-1)
-    if not len(w) or not (torch.isfinite(lengths) & (lengths > 0)).all():
+    largest = w.abs().amax(dim=-1) if len(w) else w.new_zeros(1)
+    if not (torch.isfinite(largest) & (largest > 0)).all():
         raise ValueError("prototypes must be finite and of non-zero length; drop the empty rows first")
-    return F.normalize(wide(w), dim=-1)
+    return directions(w)
 
 
 def _first_match(block: Tensor, kept: Tensor, eps: float) -> np.ndarray:
@@ -118,6 +118,7 @@ def unique_range(w: Float[Tensor, "k dim"], eps: float = 0.025, orders: int = 10
 
 
 @torch.no_grad()
+@without_autocast
 def connected_components(w: Float[Tensor, "k dim"], eps: float = 0.025) -> int:
     """Number of groups when near-copies of near-copies count as copies: the coarsest reading, at most M.
 
@@ -188,6 +189,7 @@ class VoidSet:
 
 
 @torch.no_grad()
+@without_autocast
 def void_set(w: Float[Tensor, "k dim"], codes: Float[Tensor, "n dim"], eps: float = 0.025) -> VoidSet:
     """Prototypes with cosine -1 to the mean code, up to eps: unused ones, as far from the data as the sphere goes.
 
@@ -195,10 +197,10 @@ def void_set(w: Float[Tensor, "k dim"], codes: Float[Tensor, "n dim"], eps: floa
     Raises ValueError where the mean code has no direction (then nothing is opposite to it).
     """
     mean = wide(codes).mean(0)
-    if float(mean.norm()) < 1e-6:
+    if not float(mean.norm()) > 1e-6:  # also without any code
         raise ValueError("the codes average to zero: there is no direction away from the data")
-    w = wide(w)
-    cosine = F.normalize(w, dim=-1) @ F.normalize(mean, dim=-1).to(w)
+    w = directions(w)
+    cosine = w @ directions(mean).to(w)
     mask = 1 + cosine < eps
     return VoidSet(int(mask.sum()), mask, cosine)
 

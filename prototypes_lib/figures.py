@@ -1,4 +1,4 @@
-"""One look for every figure: a style file, a fixed colour for each role and method, alt text for each picture."""
+"""One look for every figure: a style file, a fixed color for each role and method, alt text for each picture."""
 
 import io
 from pathlib import Path
@@ -7,25 +7,19 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe-Ito, safe for colour-blind readers
-BLUE, ORANGE, GREEN, VERMILLION, PINK, SKY, YELLOW, BLACK, GREY = (
+# Okabe-Ito, safe for color-blind readers
+BLUE, ORANGE, GREEN, VERMILLION, PINK, SKY, YELLOW, BLACK, GRAY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#8C8C8C",
 )  # fmt: skip
 
-ROLE = {"data": GREY, "student": BLUE, "teacher": ORANGE, "prototypes": VERMILLION, "bound": BLACK}
-METHOD = {"base": VERMILLION, "kd": ORANGE, "kp": BLUE, "simdino": GREEN, "random": GREY}
+ROLE = {"data": GRAY, "student": BLUE, "teacher": ORANGE, "prototypes": VERMILLION, "bound": BLACK}
+METHOD = {"base": VERMILLION, "kd": ORANGE, "kp": BLUE, "simdino": GREEN, "random": GRAY}
 MARKER = {"base": "o", "kd": "s", "kp": "^", "simdino": "D", "random": "x"}
 
 
 def use_style() -> None:
     """Apply the course's matplotlib style; call it once in a notebook's import cell."""
     plt.style.use(Path(__file__).with_name("course.mplstyle"))
-
-
-def method_color(name: str) -> str:
-    """The colour of a recipe by its name: +kp, +kd, simdino, or the base method."""
-    kind = next((key for key in ("kp", "kd", "simdino") if name.endswith(key)), "base")
-    return METHOD[kind]
 
 
 def show(fig: Figure, alt: str) -> None:
@@ -40,6 +34,6 @@ def show(fig: Figure, alt: str) -> None:
     buffer, small = io.BytesIO(), io.BytesIO()
     fig.savefig(buffer, format="png")
     plt.close(fig)
-    # a palette of 256 colours: a third of the bytes, and executed copies live in git
+    # a palette of 256 colors: a third of the bytes, and executed copies live in git
     Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     display({"image/png": small.getvalue(), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})

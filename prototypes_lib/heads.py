@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prototypes_lib.precision import wide
+from prototypes_lib.precision import directions, wide
 
 
 class Projector(nn.Module):
@@ -51,4 +51,4 @@ class Prototypes(nn.Module):
 
     @property
     def w(self) -> Float[Tensor, "k dim"]:
-        return self.weight_g * F.normalize(wide(self.weight_v), dim=-1)
+        return self.weight_g * directions(self.weight_v)

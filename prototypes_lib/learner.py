@@ -77,7 +77,10 @@ class Learner(nn.Module):
 
         features, patches = self.student.backbone(globals_, masks if method.patch else None)
         crops = [features] + ([self.student.backbone(torch.cat(locals_))[0]] if locals_ else [])
-        codes = self.student.projector(torch.cat(crops))
+        hidden = patches[masks.flatten(1)] if method.patch else features[:0]
+        # one call for crops and masked patches: BatchNorm, where there is one, sees them together
+        n_crops = sum(map(len, crops))
+        codes, patch_codes = self.student.projector(torch.cat([*crops, hidden])).tensor_split([n_crops])
         predictions = self._score(codes)
         objective = cross_entropy if method.n_prototypes else alignment
         image = over_views(objective, targets.unflatten(0, (n_global, -1)), list(predictions.chunk(len(views))))
@@ -86,7 +89,7 @@ class Learner(nn.Module):
         if method.n_prototypes:
             meters["kl"] = image.detach() - meters["teacher_entropy"]
         if method.patch is not None:
-            parts["patch"] = self._patch_term(patches, t_patches, masks, teacher_temp)
+            parts["patch"] = self._patch_term(patch_codes, t_patches, masks, teacher_temp)
         loss = image + (method.patch.weight * parts["patch"] if method.patch else 0.0)
         n = len(features)
         places = {
@@ -117,10 +120,10 @@ class Learner(nn.Module):
         meters = {"teacher_entropy": entropy(targets).mean(), "marginal_entropy": entropy(targets.mean(0))}
         return targets, meters
 
-    def _patch_term(self, patches: Tensor, t_patches: Tensor, masks: Tensor, temperature: float) -> Tensor:
+    def _patch_term(self, codes: Tensor, t_patches: Tensor, masks: Tensor, temperature: float) -> Tensor:
         """Same crop, masked places: per image the mean over them, images without any as zero (iBOT's code)."""
         masked = masks.flatten(1)
-        prediction = self._score(self.student.projector(patches[masked]))
+        prediction = self._score(codes)
         per_image = masked.sum(1, keepdim=True).clamp_min(1).to(prediction.dtype)
         weight = (masked / (per_image * len(masked)))[masked]
         with torch.no_grad():

@@ -5,10 +5,13 @@ views -> encoder -> projector -> unit code y -> score against prototypes -> targ
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
+
+import torch
 
 from prototypes_lib import scores
 from prototypes_lib.assignment import Center, ProbabilityCenter
@@ -35,6 +38,13 @@ class Views:
     global_scale: tuple[float, float] = (0.25, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.25)
 
+    def __post_init__(self):
+        if self.n_global < 1 or self.n_local < 0 or self.n_global + self.n_local < 2:
+            raise ValueError("at least one global view and two views in all are needed to compare any")
+        for low, high in (self.global_scale, self.local_scale):
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"a crop's share of the area lies in (0, 1], low before high, not ({low}, {high})")
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -48,7 +58,13 @@ class Patch:
     weight: float = 1.0
     probability: float = 0.5
     ratio: tuple[float, float] = (0.1, 0.5)
-    shape: Literal["block", "rand"] = "block"
+    shape: str = "block"  # or "rand"
+
+    def __post_init__(self):
+        if not (0 <= self.probability <= 1 and 0 <= self.ratio[0] <= self.ratio[1] <= 1):
+            raise ValueError(f"masks: probability {self.probability} and ratio {self.ratio} must lie in [0, 1]")
+        if self.shape not in ("block", "rand"):
+            raise ValueError(f'masks: shape {self.shape!r} must be "block" or "rand"')
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,9 @@ class Method:
 
     paper: arXiv id. n_prototypes: K, or 0 for a method without. score: from `scores`. targets: links of `assignment`,
     as classes, partials or instances. ema, ema_end: the teacher's momentum at the start, rising to the end's by a
-    cosine; ema=None makes the student its own teacher. regularizers: (weight, function, place); weight *
+    cosine; ema=None makes the student its own teacher. student_temp, teacher_temp: temperatures of the two softmaxes.
+    shared_prototypes: the teacher uses the student's prototypes instead of their average. views, patch: see there.
+    regularizers: (weight, function, place); weight *
     function(what stands there) is added to the loss, with
       features         backbone features of each global crop of the student, summed over the crops (as DINOv2's code)
       codes            codes of each global crop of the student, averaged over the crops
@@ -88,8 +106,6 @@ class Method:
             raise ValueError(
                 f"ema={self.ema} to {self.ema_end} must lie in [0, 1], or be None for no teacher of its own"
             )
-        if self.views.n_global < 1 or self.views.n_global + self.views.n_local < 2:
-            raise ValueError("at least one global view and two views in all are needed to compare any")
         for _, function, place in self.regularizers:
             if place not in PLACES:
                 raise ValueError(f"regularizer {function} on {place!r}: choose one of {', '.join(PLACES)}")
@@ -112,23 +128,39 @@ class Method:
 
 def describe(method: Method) -> dict[str, Any]:
     """A method as plain data, functions and classes by name: what a run's config records and hashes."""
-    return _plain(method)
+    return _as_data(method)
 
 
-def _plain(value: Any) -> Any:
+def _as_data(value: Any) -> Any:
     if isinstance(value, partial):
-        return {"name": _plain(value.func), **{k: _plain(v) for k, v in value.keywords.items()}, "args": [*value.args]}
+        arguments = {"args": _as_data(value.args)} | {key: _as_data(v) for key, v in value.keywords.items()}
+        return {"name": _as_data(value.func), **arguments}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _as_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
+        return [_as_data(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, torch.nn.Module):
+        return f"{type(value).__module__}.{value!r}".removeprefix("prototypes_lib.")
     if callable(value):
-        return getattr(value, "__qualname__", None) or repr(value)
+        return _function_name(value)
     return value
 
 
+def _function_name(function: Callable[..., Any]) -> str:
+    """Module and name, which tell any two functions of modules apart; a nameless one is told by what it does."""
+    name = f"{function.__module__}.{function.__qualname__}".removeprefix("prototypes_lib.")
+    if "<" not in name:
+        return name
+    cells = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
+    what = (function.__code__.co_code, function.__code__.co_consts, function.__code__.co_names, cells)
+    return f"{name}#{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
+
+
 # DINO (Caron et al., 2021). Unit prototypes, the CLI's default and the released ViT-B/16; the released ViT-S/16 is
-# .but(score=scores.dot). The paper's two settings of the temperature warm-up: 30 epochs for S, 50 for B.
+# .but(score=scores.dot). The released runs warm the temperature up for 30 epochs (S) and 50 (B); vMF, section 5 prints
+# them swapped.
 dino = Method(paper="2104.14294")
 dino_vmf = dino.but(paper="2405.10939", score=scores.vmf, targets=(ProbabilityCenter,))
 

@@ -18,13 +18,14 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """-sum_k targets_k log softmax(log_scores)_k, averaged over samples: KL + entropy of the targets (Sim, Eqs. 18-20).
 
-    One direction, teacher to student, as the official code; the symmetrized form printed as Sim Eq. 5 is nobody's.
+    One direction, teacher to student, as the official code; the form printed as Sim Eq. 5 is symmetrized (notebook 14).
 
     Args:
         targets: probabilities, rows summing to one. log_scores: the student's scores, normalized here.
         weight: per sample; the result is then sum_b weight_b CE_b instead of the mean.
     """
-    loss = -(targets * torch.log_softmax(wide(log_scores), dim=-1)).sum(-1)
+    log_p = torch.log_softmax(wide(log_scores), dim=-1)
+    loss = -(targets * torch.where(targets > 0, log_p, 0.0)).sum(-1)  # 0 log 0 is 0
     return loss.mean() if weight is None else (weight * loss).sum()
 
 

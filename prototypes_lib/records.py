@@ -30,7 +30,7 @@ class Log:
         """Forget what was written after the checkpoint a run goes on from."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = [row for line in lines if (row := json.loads(line))["step"] <= step]
+        self.rows = [row for line in lines if (row := _parsed(line)) and row["step"] <= step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, row: dict[str, float]) -> None:
@@ -62,6 +62,14 @@ class Log:
         write_text(self.folder / "result.json", json.dumps(summary, indent=2))
 
 
+def _parsed(line: str) -> dict[str, float] | None:
+    """A line of metrics, or nothing for one that was cut off by a crash (then it lies after the checkpoint)."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file aside and rename it, so that a reader finds the old one or the new one, never half."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -75,7 +83,8 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+        n = torch.get_num_threads()
+        hardware = f"{_processor()}, {n} thread{'s' * (n != 1)}"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return {
         "prototypes_lib": __version__,
@@ -87,8 +96,11 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     }
 
 
+_OUTPUTS = (":(exclude,top)notebooks/executed", ":(exclude,top)notebooks/results", ":(exclude,top)docs")
+
+
 def commit() -> str:
-    """The checkout's commit, with "+" where tracked files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, with "+" where tracked sources differ from it; "unknown" outside a checkout."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -97,7 +109,8 @@ def commit() -> str:
     try:
         if not git("ls-files", Path(__file__).name):  # installed inside somebody else's repository
             return "unknown"
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "-uno", ":/", *_OUTPUTS)
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

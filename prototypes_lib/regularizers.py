@@ -7,29 +7,28 @@ them a negative weight. All compute in float32 at least and stay finite, value a
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prototypes_lib.precision import wide
+from prototypes_lib.precision import directions, wide
 
 
 def koleo(
     x: Float[Tensor, "n dim"], *, eps: float = 1e-8, parts: int = 1, generator: torch.Generator | None = None
 ) -> Float[Tensor, ""]:
-    """-mean_k log(d_k + eps), d_k the distance of x_k / |x_k| to its nearest neighbour (PPC, section 4.1; a loss).
+    """-mean_k log(d_k + eps), d_k the distance of x_k / |x_k| to its nearest neighbor (PPC, section 4.1; a loss).
 
     On prototypes it is KoLeo-proto, on features DINOv2's KoLeo-data. PPC prints h = -mean log d_k and speaks of
     maximizing the entropy: h is the entropy's negative, and minimizing it is right.
 
-    Neighbours are found by block-wise products without an n x n matrix, then the distance is recomputed by
-    subtraction, because 2 - 2 cos has no digits left where it matters. They are exact up to the rounding of a cosine:
-    among float32 copies closer than about 1e-3, any of them may be taken. At exact duplicates the value is -log eps
-    and the gradient zero (the official code's is finite only by its eps); one vector alone gives 0.
+    Neighbors are found by block-wise products without an n x n matrix, then the distance is recomputed by
+    subtraction, because 2 - 2 cos has no digits left where it matters; among near-copies, whose cosines are all 1 to
+    rounding, the nearest of 16 candidates by subtraction is taken. At exact duplicates the value is -log eps and the
+    gradient zero (the official code's is finite only by its eps); one vector alone gives 0.
 
     Args:
         x: vectors of any length but zero; only directions count. A zero vector has none, and gets no gradient.
-        parts: random partition into this many equal parts with neighbours sought inside a part, as the paper does to
+        parts: random partition into this many equal parts with neighbors sought inside a part, as the paper does to
             save memory; d_k is then larger on average and duplicates in different parts go unseen.
         generator: draws the partition.
 
@@ -39,8 +38,7 @@ def koleo(
     n = len(x)
     if not 1 <= parts <= n:
         raise ValueError(f"parts={parts} must lie between 1 and the number of vectors, {n}")
-    x = wide(x)
-    x = F.normalize(torch.where(x.detach().norm(dim=-1, keepdim=True) > 1e-12, x, x.detach()), dim=-1)
+    x = directions(x)
     if parts > 1:
         device = generator.device if generator is not None else "cpu"
         order = torch.randperm(n, generator=generator, device=device).to(x.device)
@@ -65,10 +63,17 @@ def nearest(x: Float[Tensor, "n dim"], block: int = 2**26) -> Int[Tensor, " n"]:
     rows = max(1, block // max(n, 1))
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, n, rows):
-            similarity = x[start : start + rows] @ x.T
-            own = torch.arange(len(similarity), device=x.device)
+            here = x[start : start + rows]
+            similarity = here @ x.T
+            own = torch.arange(len(here), device=x.device)
             similarity[own, own + start] = -torch.inf
-            found.append(similarity.argmax(dim=-1))
+            best, index = similarity.max(dim=-1)
+            copies = torch.nonzero(best > 1 - 1e-5)[:, 0]  # closer than 0.0045: a cosine cannot rank these
+            if len(copies):
+                candidates = similarity[copies].topk(min(16, n - 1), dim=-1).indices
+                gaps = (here[copies, None] - x[candidates]).square().sum(-1)
+                index[copies] = candidates.gather(1, gaps.argmin(-1, keepdim=True))[:, 0]
+            found.append(index)
     return torch.cat(found)
 
 

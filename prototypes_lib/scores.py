@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prototypes_lib import vmf as _vmf
-from prototypes_lib.precision import wide
+from prototypes_lib.precision import directions, wide
 
 
 def dot(y: Float[Tensor, "*batch dim"], w: Float[Tensor, "k dim"], tau: float) -> Float[Tensor, "*batch k"]:
@@ -31,7 +31,7 @@ def cosine(y: Float[Tensor, "*batch dim"], w: Float[Tensor, "k dim"], tau: float
 
     Only w is normalized here; the code y is unit by construction. Arguments and errors as `dot`.
     """
-    return dot(y, F.normalize(wide(w), dim=-1), tau)
+    return dot(y, directions(w), tau)
 
 
 def vmf(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -12,37 +13,43 @@ class Run:
     Defaults are DINO's for ImageNet (ViT-S/16); `Run.small()` is the setting of the course on a CPU.
     """
 
-    data: str = "cifar10-5k"  # a name of `prototypes data`, or a folder
-    split: str = "train"
-    root: str | None = None  # where data sets lie; None: the cache folder
+    data: str | Path = "cifar10-5k"  # a name of `prototypes data`, or a folder
+    split: str = "train"  # part of the data to train on
+    root: str | Path | None = None  # where data sets lie; None: the cache folder
     limit: int | None = None  # use only this many images
-    backbone: str = "vit_small_patch16_224"
-    backbone_options: dict[str, Any] = field(default_factory=dict)
+    backbone: str = "vit_small_patch16_224"  # a vision transformer of timm, or vit_pico_patch8
+    backbone_options: dict[str, Any] = field(default_factory=dict)  # further arguments of the backbone
     image_size: int = 224  # side of global crops, px
     local_size: int = 96  # side of local crops, px
     hidden: int = 2048  # width of the projector
     bottleneck: int = 256  # dimension of the codes
-    head_batch_norm: bool = False
-    epochs: float = 100.0
-    batch_size: int = 256
-    lr: float = 5e-4  # per 256 images, as the official code
-    min_lr: float = 1e-6
-    warmup_epochs: float = 10.0
-    weight_decay: float = 0.04
-    weight_decay_end: float = 0.4
-    clip_grad: float = 3.0  # per tensor; 0 for none
+    head_batch_norm: bool = False  # batch normalization in the projector
+    epochs: float = 100.0  # passes over the data
+    batch_size: int = 256  # images a step
+    lr: float = 5e-4  # learning rate at its peak, per 256 images a step, as the official code
+    min_lr: float = 1e-6  # learning rate at the end of its cosine, whatever the batch size
+    warmup_epochs: float = 10.0  # epochs in which the learning rate rises from 0
+    weight_decay: float = 0.04  # at the start; not on biases and norms
+    weight_decay_end: float = 0.4  # at the end of its cosine
+    clip_grad: float = 3.0  # largest gradient norm of a tensor; 0 for none
     freeze_last_layer: float = 1.0  # epochs during which prototypes stand still
     prototype_lr_factor: float = 1.0  # of the prototypes' learning rate, against the rest
-    drop_path: float = 0.1
-    seed: int = 0
+    drop_path: float = 0.1  # stochastic depth of the student: share of residual branches dropped
+    seed: int = 0  # of weights, order and views
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     precision: str = "auto"  # fp32, bf16, or auto: measure a few steps of both
-    out: str = "runs"
-    checkpoint_epochs: float = 5.0
+    out: str | Path = "runs"  # where run folders are made
+    checkpoint_epochs: float = 5.0  # a checkpoint every so many epochs
     monitor_steps: int = 50  # M and a line of metrics every so many steps
-    progress: bool = True
+    progress: bool = True  # print a line every ten seconds
 
     def __post_init__(self):
+        for name in ("data", "root", "out"):  # a Path is as good
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        for name in ("image_size", "local_size", "hidden", "bottleneck", "batch_size", "monitor_steps", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
         positive = ("image_size", "local_size", "hidden", "bottleneck", "epochs", "batch_size", "monitor_steps")
         for name in (*positive, "checkpoint_epochs"):
             if not getattr(self, name) > 0:
@@ -51,6 +58,8 @@ class Run:
         for name in (*not_negative, "freeze_last_layer", "prototype_lr_factor"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.drop_path >= 1:
+            raise ValueError(f"drop_path={self.drop_path} must be below 1")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision={self.precision!r}: choose auto, fp32 or bf16")
 

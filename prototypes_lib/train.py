@@ -7,7 +7,6 @@ generators made for it, so a run that was interrupted goes on exactly where it w
 import dataclasses
 import hashlib
 import json
-import math
 import multiprocessing
 import time
 from collections.abc import Sequence
@@ -48,9 +47,11 @@ class Result:
 
 
 def config(method: Method, run: Run, name: str, images: Images) -> dict[str, Any]:
-    """What a run is, as plain data, with a hash over all that decides its outcome (not machine, folder or logging)."""
+    """What a run is, as plain data, hashed over all that decides its record (not machine, folder or checkpoints)."""
     settings = dataclasses.asdict(run)
-    decisive = {k: v for k, v in settings.items() if k not in ("device", "out", "progress", "root")}
+    decisive = {
+        k: v for k, v in settings.items() if k not in ("device", "out", "progress", "root", "checkpoint_epochs")
+    }
     what = {"method": describe(method), "run": decisive, "images": images.fingerprint(), "version": __version__}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     settings.pop("root")
@@ -105,17 +106,18 @@ def train(method: str | Method, run: Run, name: str | None = None, *, stop_after
     state = checkpoints.load(folder, done[-1], learner, optimizer) if done else {"step": 0}
     trainer = _Trainer(learner, optimizer, run, images, device, state.get("precision"))
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(what, indent=2))
+    write_text(folder / "config.json", json.dumps(what | {"environment": environment(device)}, indent=2))
     log = Log(folder, name, trainer.steps, run.batch_size, method.n_prototypes, run.progress)
     log.rewind(state["step"])
     started, first = time.perf_counter() - state.get("seconds", 0.0), state["step"]
     every = max(1, round(run.checkpoint_epochs * trainer.steps_per_epoch))
-    last = min(trainer.steps, stop_after or trainer.steps)
+    last = trainer.steps if stop_after is None else min(trainer.steps, stop_after)
     for step in range(first, last):
         metrics = trainer.step(step)
         if metrics is not None:
             log.write(metrics | {"seconds": time.perf_counter() - started})
         if (step + 1) % every == 0 or step + 1 == last:
+            trainer.check_finite(step)
             state = {"step": step + 1, "hash": what["hash"], "precision": trainer.precision}
             checkpoints.save(folder, learner, optimizer, state | {"seconds": time.perf_counter() - started})
     if last < trainer.steps:
@@ -185,7 +187,8 @@ class _Trainer:
         )  # fmt: skip
         memory_mapped = isinstance(images.pixels, np.memmap)
         self.resident = None if memory_mapped else torch.from_numpy(images.pixels).to(device)
-        self.precision = precision or self._choose_precision()
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.precision = precision or self._rehearse()
 
     def step(self, step: int) -> dict[str, float] | None:
         """One optimizer step; metrics where this step is monitored."""
@@ -195,6 +198,7 @@ class _Trainer:
             group["lr"] = self.lr[step] * group["lr_factor"]
             group["weight_decay"] = self.weight_decay[step] * group["decays"]
         out = self.forward(views, masks, step)
+        self.finite = self.finite & torch.isfinite(out.loss.detach())  # read later: a look now would stall a GPU
         self.optimizer.zero_grad()
         out.loss.backward()
         self._clip()
@@ -205,13 +209,17 @@ class _Trainer:
         learner.update_teacher(float(self.momentum[step]))
         if (step + 1) % run.monitor_steps and step + 1 != self.steps:
             return None
+        self.check_finite(step)
         metrics = {"step": step + 1, "loss": out.loss.item()}
         metrics |= {k: v.item() for k, v in (out.parts | out.meters).items()}
         if learner.method.n_prototypes:
             metrics["M"] = unique_prototypes(learner.teacher.prototypes.w).count
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"the loss is {metrics['loss']} at step {step + 1}; lower the learning rate")
         return metrics | {"lr": float(self.lr[step]), "teacher_temp": float(self.temperature[step])}
+
+    def check_finite(self, step: int) -> None:
+        """Raise FloatingPointError if any loss since the last look was not finite; called before anything is saved."""
+        if not bool(self.finite):
+            raise FloatingPointError(f"the loss became infinite or nan by step {step + 1}; lower the learning rate")
 
     def batch(self, step: int) -> tuple[list[Tensor], Tensor | None]:
         """Views and masks of a step, a function of (seed, step) alone."""
@@ -246,14 +254,17 @@ class _Trainer:
         scale = [(self.run.clip_grad / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
         torch._foreach_mul_(gradients, scale)
 
-    def _choose_precision(self) -> str:
-        if self.run.precision != "auto":
-            return self.run.precision
+    def _rehearse(self) -> str:
+        """A step on the first batch that leaves no trace: what cannot work fails now; "auto" times both precisions."""
         views, masks = self.batch(0)
-        memory = {k: v.clone() for k, v in self.learner.state_dict().items()}  # a probe leaves no trace
-        seconds = {p: min(self._time(views, masks, p) for _ in range(3)) for p in ("fp32", "bf16")}
+        memory = {k: v.clone() for k, v in self.learner.state_dict().items()}
+        auto = self.run.precision == "auto"
+        tries = {p: 3 for p in ("fp32", "bf16")} if auto else {self.run.precision: 1}
+        seconds = {p: min(self._time(views, masks, p) for _ in range(n)) for p, n in tries.items()}
         self.learner.load_state_dict(memory)
         self.optimizer.zero_grad()
+        if not auto:
+            return self.run.precision
         return "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
 
     def _time(self, views: list[Tensor], masks: Tensor | None, precision: str) -> float:
@@ -285,7 +296,10 @@ def pick_device(name: str) -> torch.device:
     """The named device, or for "auto" a GPU where there is one. Raises ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r}: choose auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: this machine has no GPU that torch can use; take device='cpu'")
     return device

@@ -3,8 +3,8 @@
 f(y; mu, kappa) = C_p(kappa) exp(kappa <mu, y>),
 C_p(kappa) = kappa^nu / ((2 pi)^{p/2} I_nu(kappa)),  nu = p/2 - 1        (vMF, section 3.2)
 
-Everything hangs on log I_nu, which no library evaluates over the range DINO visits (p = 256, kappa from 0 to
-thousands: scipy's `ive` underflows). We write s = sqrt(nu^2 + kappa^2) and work with
+Everything hangs on log I_nu, which torch does not have and scipy's `ive` loses to underflow at small kappa (at p = 256
+below about 0.3) or large p. We write s = sqrt(nu^2 + kappa^2) and work with
 
 F_nu(kappa) = log(I_nu(kappa) / kappa^nu) = s - nu log(nu + s) - log(2 pi s)/2 + log sum_i U_i(nu/s)/nu^i,
 

@@ -357,3 +357,15 @@ def test_scores_are_not_written_to():
 def test_an_impossible_link_is_one_clear_error(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_prototype_out_of_reach_of_all_samples_does_no_harm():
+    scores = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores[:, 2] = -torch.inf
+    rest = [0, 1, 3, 4]
+    for link in (Sinkhorn(3), Normalize()):
+        assert torch.allclose(link(scores)[:, rest], link(scores[:, rest]), atol=1e-12)
+    center = ProbabilityCenter(5, momentum=0.5)
+    for _ in range(3):
+        centered = center(scores)
+    assert torch.isfinite(center.center).all() and torch.isfinite(centered[:, rest]).all()

@@ -30,7 +30,7 @@ def test_a_masked_patch_is_not_seen():
     torch.manual_seed(0)
     backbone = Backbone("vit_pico_patch8", 32).eval()
     x = torch.randn(1, 3, 32, 32)
-    # the 3 x 3 stem reaches one pixel into the neighbour, so change the inside of the masked patch only
+    # the 3 x 3 stem reaches one pixel into the neighbor, so change the inside of the masked patch only
     changed = x.clone()
     changed[:, :, 2:6, 2:6] += 10.0
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
@@ -66,3 +66,18 @@ def test_official_positions_are_dinos_interpolation():
 def test_a_wrong_request_names_itself(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224"])
+def test_transformers_of_another_build_are_refused(name):
+    with pytest.raises(ValueError, match="plain transformers"):
+        Backbone(name, 64)
+
+
+def test_the_residual_stream_stays_float32_under_autocast():
+    backbone = Backbone("vit_tiny_patch16_224", 64, embed_dim=32, depth=2, num_heads=2).eval()
+    seen = []
+    backbone.vit.blocks[1].register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        backbone(torch.randn(1, 3, 64, 64))
+    assert seen == [torch.float32]

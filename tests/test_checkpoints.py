@@ -37,7 +37,7 @@ def test_an_export_speaks_timms_and_dinos_names(finished, tmp_path):
     assert {"cls_token", "pos_embed", "blocks.0.attn.qkv.weight", "norm.bias"} <= set(backbone) & set(reference)
     assert head["last_layer.weight_g"].shape == (16, 1) and head["last_layer.weight_v"].shape == (16, 8)
     assert {f"mlp.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")} <= set(head)
-    assert json.loads((out / "about.json").read_text())["method"]["score"] == "vmf"
+    assert json.loads((out / "about.json").read_text())["method"]["score"] == "scores.vmf"
 
 
 def test_student_and_teacher_are_told_apart(finished):
@@ -74,3 +74,34 @@ def test_a_checkpoint_that_was_cut_off_while_written_is_not_seen(finished):
 def test_nothing_of_ours_is_a_pickle(finished):
     kinds = {p.suffix for p in finished.folder.rglob("*") if p.is_file() and not p.name.startswith("half")}
     assert kinds <= {".json", ".jsonl", ".csv", ".safetensors"}
+
+
+def test_an_export_never_overwrites_anything_but_an_export(finished, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for path in (tmp_path / "mine", finished.folder):
+        before = sorted(p.name for p in path.iterdir())
+        with pytest.raises(ValueError, match="is no export"):
+            checkpoints.export(finished.folder, path)
+        assert sorted(p.name for p in path.iterdir()) == before
+    for _ in range(2):
+        checkpoints.export(finished.folder, tmp_path / "again")
+
+
+def test_a_wrong_network_is_refused(finished, tmp_path):
+    for load in (checkpoints.load_prototypes, checkpoints.load_backbone):
+        with pytest.raises(ValueError, match="techer"):
+            load(finished.folder, "techer")
+    with pytest.raises(ValueError, match="teacher only"):
+        checkpoints.load_prototypes(checkpoints.export(finished.folder, tmp_path / "e"), "student")
+
+
+def test_shared_prototypes_are_exported(tmp_path):
+    method = METHODS["dino-vmf"].but(n_prototypes=16, views=Views(2, 0), shared_prototypes=True)
+    settings = Run.small(
+        limit=32, batch_size=16, epochs=1.0, warmup_epochs=0.0, hidden=16, bottleneck=8, out=str(tmp_path),
+        progress=False,
+    )  # fmt: skip
+    run = train(method, settings, "shared")
+    out = checkpoints.export(run.folder, tmp_path / "export")
+    assert torch.equal(checkpoints.load_prototypes(out), checkpoints.load_prototypes(run.folder, "student"))

@@ -1,10 +1,16 @@
+import dataclasses
+import inspect
+import io
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from prototypes_lib import checkpoints, data
 from prototypes_lib.cli import COMMANDS, run_command
+from prototypes_lib.settings import Run
 
 
 def call(*argv):
@@ -30,6 +36,12 @@ def test_train_evaluate_and_doctor_follow_each_other(tmp_path, capsys):
     assert call("doctor", folder) == 0
     out = capsys.readouterr().out
     assert "K = 12 prototypes of dimension 16" in out and re.search(r"M = \d+ unique", out)
+    assert re.search(r"index order\n    other orders give \d+ to \d+; \d+ connected components\n", out)
+    assert call("export", folder, str(tmp_path / "export")) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'export'}\n"
+    assert call("doctor", str(tmp_path / "export")) == 0 and capsys.readouterr().out == out
+    assert call("export", folder, str(tmp_path / "export")) == 0 and call("export", folder, folder) == 2
+    assert "is no export" in capsys.readouterr().err
     assert call("evaluate", "knn", folder, "--k", "5", "10") == 0
     assert re.search(r"k = 5 +\d+\.\d+ %", capsys.readouterr().out)
 
@@ -43,7 +55,10 @@ def test_train_evaluate_and_doctor_follow_each_other(tmp_path, capsys):
         (("train", "dino", "--ema", "2"), "ema"),
         (("doctor", "no-such-folder"), "no-such-folder"),
         (("evaluate", "knn", "no-such-folder"), "no-such-folder"),
+        (("export", "no-such-folder", "there"), "no-such-folder"),
         (("data", "no-such-set"), "no-such-set"),
+        (("run", "--timeout", "nan"), "timeout"),
+        (("run", "--total-timeout", "-1"), "total-timeout"),
         (("run", "--only", "99"), "99"),
         (("run", "--only", "50", "-p", "epocs", "3"), "epocs"),
     ],
@@ -56,6 +71,45 @@ def test_a_wrong_request_is_one_line_and_status_2(argv, says, capsys, tmp_path, 
     assert not [p for p in tmp_path.iterdir() if p.name not in ("out",)]
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("foo",), r"Unrecognized options: foo; Available subcommands: run, .*data"),
+        ((), r"Missing subcommand: Expected one of {run, .*data}\."),
+        (("train",), r"Missing from prototypes train: METHOD \(a recipe: dino, .*with -kd and -kp, or simdino\)"),
+        (("evaluate",), r"Missing from prototypes evaluate: {knn} \(knn, [^()]*\), RUN-FOLDER \(a run [^()]*\)"),
+        (("train", "dino", "--epochs", "x"), r"Error parsing --epochs: could not convert string to float: 'x'"),
+        (("train", "dino", "--precision", "x"), r"precision='x': choose auto, fp32 or bf16"),
+        (("doctor", "x", "--network", "y"), r"invalid choice 'y' for argument '--network'\. Expected .*'student'\)\."),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # with a frame of lines, and without
+def test_what_the_parser_refuses_reads_as_one_sentence(argv, said, encoding, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert call(*argv) == 2
+    assert re.fullmatch(f"error: {said}\n", capsys.readouterr().err)
+
+
+def test_every_setting_of_a_run_explains_itself():
+    fields = [line for line in inspect.getsource(Run).splitlines() if re.match(r"    \w+: .* = ", line)]
+    assert len(fields) == len(dataclasses.fields(Run))
+    assert not [line for line in fields if "  # " not in line]
+
+
+def test_the_time_limits_of_a_run_can_be_lifted_and_its_help_says_so(capsys):
+    assert call("run", "--help") == 0
+    assert capsys.readouterr().out.count("0 = no limit") == 2
+
+
+def test_evaluation_refuses_parts_with_other_classes(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text('{"run": {}}')
+    monkeypatch.setattr(checkpoints, "load_backbone", lambda _: None)
+    pixels, labels = np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int64)
+    monkeypatch.setattr(data, "load", lambda _, split, **__: data.Images(pixels, labels, (split,), "toy"))
+    assert call("evaluate", "knn", str(tmp_path)) == 2
+    assert "class" in capsys.readouterr().err
+
+
 def test_data_lists_every_data_set(capsys):
     assert call("data") == 0
     out = capsys.readouterr().out
@@ -66,3 +120,18 @@ def test_data_lists_every_data_set(capsys):
 def test_the_module_runs_and_help_needs_no_torch_seconds():
     ended = subprocess.run([sys.executable, "-m", "prototypes_lib", "nonsense"], capture_output=True, text=True)
     assert ended.returncode == 2 and "nonsense" in ended.stderr + ended.stdout
+
+
+def test_small_is_a_set_of_defaults_and_every_option_given_counts(tmp_path, capsys):
+    given = ("--epochs", "100", "--batch-size", "256", "--hidden", "2048", "--drop-path", "0.1")
+    assert call("train", "dino", "--small", *given, "--data", "no-such-set", "--out", str(tmp_path)) == 2
+    from prototypes_lib import cli
+
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prototypes_lib.train.train", lambda method, run, name: seen.update(run=run) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.run_command(["train", "dino", "--small", *given])
+    run = seen["run"]
+    assert (run.epochs, run.batch_size, run.hidden, run.drop_path) == (100, 256, 2048, 0.1)
+    assert run.image_size == 32 and run.backbone == "vit_pico_patch8"

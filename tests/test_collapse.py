@@ -374,3 +374,12 @@ def test_65536_prototypes_of_256_dimensions_fit_in_a_minute_and_two_gigabytes(ki
     assert found["m"] == m and found["total"] == 65536 and found["components"] in (None, m)
     assert found["peak_gb"] <= 2, found  # the whole process, torch included
     assert found["seconds"] <= 60, found
+
+
+def test_counting_is_not_rounded_by_autocast():
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(300, 16, generator=g)
+    alone = unique_prototypes(w, 0.2).count, connected_components(w, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (unique_prototypes(w, 0.2).count, connected_components(w, 0.2)) == alone
+    assert unique_prototypes(1e-13 * torch.ones(10, 8)).count == 1

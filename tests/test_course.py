@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from prototypes_lib import course
 from prototypes_lib.course import copies, kernel, runner
-from prototypes_lib.course.arguments import as_code, smoke_values
+from prototypes_lib.course.arguments import as_code, from_here, smoke_values
 from prototypes_lib.course.closing import RUN_ID, sentinel
 
 HEADER = """# ---
@@ -187,6 +187,46 @@ def test_each_notebook_takes_the_parameters_it_has_and_every_one_must_be_taken(t
         course.resolve_each([two, bare], {"m": "4"})
 
 
+CHOICE = """# %% tags=["parameters"]
+scale: 'Literal["time-lapse", "small"]' = "time-lapse"  # how long
+"""
+
+
+def test_a_value_outside_the_declared_choices_is_refused_with_the_choices_before_anything_runs(tmp_path, capsys):
+    notebook(tmp_path / "nb", "50_x", parameters=CHOICE)
+    assert course.run_cli([], {"scale": "tiny"}, tmp_path / "out", notebooks=tmp_path / "nb") == 2
+    said = capsys.readouterr().err
+    assert said == "error: parameter 'scale' of 50_x.py is one of \"time-lapse\", \"small\", not 'tiny'\n"
+    assert not (tmp_path / "out").exists()
+    assert course.resolve(tmp_path / "nb" / "50_x.py", {"scale": "small"}) == {"scale": "small"}
+    assert course.run_cli([], notebooks=tmp_path / "nb", list_only=True) == 0
+    assert 'scale: one of "time-lapse", "small" = \'time-lapse\'  # how long\n' in capsys.readouterr().out
+
+
+FOLDERS = """# %% tags=["parameters"]
+data: str = "cifar10-5k"  # a name, or a folder
+root: str | None = None  # folder of data
+label: str = ""  # of the figure
+"""
+
+
+def test_a_folder_named_from_here_reaches_the_notebook_as_an_absolute_path(tmp_path, monkeypatch):
+    path = notebook(tmp_path / "nb", "50_x", parameters=FOLDERS)
+    for name in ("mine/train", "cifar10"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    mine = str(tmp_path / "mine")
+    for text, value in (("mine", mine), ("./mine/", mine), ("./cifar10", str(tmp_path / "cifar10"))):
+        assert from_here([path], {"data": text, "root": text}) == {"data": value, "root": value}
+    for text in ("cifar10", "cifar10-5k", "elsewhere/train", mine, ""):  # data sets, no folder here, absolute
+        assert from_here([path], {"data": text}) == {"data": text}
+    assert from_here([path], {"label": "mine", "unknown": "mine"}) == {"label": "mine", "unknown": "mine"}
+    seen = {}
+    monkeypatch.setattr(runner, "run", lambda _sources, _out, params, **_: seen.update(params) or [])
+    course.run_cli([], [("data", "mine")], tmp_path / "out", notebooks=tmp_path / "nb", pages_too=False)
+    assert seen == {"data": mine}
+
+
 def test_smoke_values_are_the_mock_of_the_parameters_cell_alone(three, tmp_path):
     assert smoke_values(three / "10_mixture.py") == {"epochs": 1, "widths": [2, 4]}
     path = notebook(tmp_path, "10_x", end='# %% nbmake={"mock": {"n": 1}}\nn = 2\n' + END)
@@ -223,6 +263,30 @@ def test_a_wrong_request_is_exit_status_2_before_anything_is_touched(three, tmp_
     assert course.run_cli([], {}, out, notebooks=three) == 2
     assert "12_x.py: the last code cell must call course.finish()" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("limit", [-1, -0.5, float("nan"), float("-inf")])
+@pytest.mark.parametrize("which", ["timeout", "total_timeout"])
+def test_a_time_limit_below_zero_or_nan_is_exit_status_2_in_one_line(three, tmp_path, capsys, which, limit):
+    assert course.run_cli(["10"], {}, tmp_path / "out", notebooks=three, **{f"{which}_s": limit}) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and which.replace("_", "-") in said and "0 for no limit" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_time_limits_reach_the_notebook_in_whole_seconds_and_zero_lifts_them(three, tmp_path, monkeypatch):
+    seen = []
+
+    def execute(*_, timeout_s, total_timeout_s, **__):
+        seen.append((timeout_s, total_timeout_s))
+        return "cell-00", "not run"
+
+    monkeypatch.setattr(runner, "execute", execute)
+    for limits in ((0, 0.0), (None, float("inf")), (0.2, 90.0)):
+        timeout, total = limits
+        course.run(course.find(three, ["10"]), tmp_path, timeout_s=timeout, total_timeout_s=total, progress=False)
+    assert seen == [(None, None), (None, None), (1, 90)]
+    assert all(type(limit) in (int, type(None)) for pair in seen for limit in pair)
 
 
 def test_an_output_folder_that_cannot_be_made_is_exit_status_2(three, tmp_path, capsys):
@@ -316,9 +380,12 @@ def test_long_lines_are_cleaned_in_linear_time_and_bars_keep_their_last_state(tm
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
-def page_of(folder: Path, name: str, title: str, metadata: dict) -> Path:
+def page_of(folder: Path, name: str, title: str, metadata: dict, claim: str = "") -> Path:
     figure = nbformat.v4.new_output("display_data", {"image/png": PIXEL}, metadata=metadata)
-    cells = [nbformat.v4.new_markdown_cell(f"# {title}"), nbformat.v4.new_code_cell("plot()", outputs=[figure])]
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {title}\n\n{claim}"),
+        nbformat.v4.new_code_cell("plot()", outputs=[figure]),
+    ]
     path = folder / f"{name}.ipynb"
     record = {copies.RECORD: {"status": "ok", "wall_s": 61.0}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=record), path)
@@ -348,11 +415,27 @@ def test_the_index_links_every_notebook_with_its_figure_and_says_what_failed(tmp
     ]
     page = course.index(tmp_path, results).read_text()
     assert '<a href="10_x.html">Codes &amp; prototypes</a>' in page and 'href="10_x.ipynb"' in page
+    assert re.search(r'<a href="10_x.html"><img [^>]*></a>', page)
     assert page.count(PIXEL) == 2 and 'alt="Figure 1 of: Codes &amp; prototypes"' in page
-    assert "ran in 1 min 01 s, earlier" in page and "1 of 2 notebooks" in page
+    assert "ran in 1 min 01 s, earlier" in page and "1 of 2 notebooks ran to the end, 1 failed" in page
     assert "cell-03 (a &lt; b): ValueError: &lt;no&gt;" in page
     assert str(tmp_path) not in page and "prefers-color-scheme: dark" in page and "<script" not in page
     assert page.index("10_x") < page.index("12_old") < page.index("14_bad")
+
+
+def test_the_index_gives_each_claim_as_text_and_says_where_and_when_it_was_made(tmp_path):
+    claim = "**Claim.** *Codes* meet\n`K` < [all](x.md) $w^{(k)}$, $\\log C_p$. $R_\\varepsilon$ is 1.5."
+    claim += " Not shown.\n**Papers.** X."
+    result = course.Result(tmp_path / "10_x.py", True, 3.0, page_of(tmp_path, "10_x", "Codes", {}, claim))
+    page = course.index(tmp_path, [result]).read_text()
+    assert (
+        "<p>Codes meet K &lt; all w<sup>(k)</sup>, log C<sub>p</sub>. R<sub>ε</sub> is 1.5.</p>" in page
+        and "Papers" not in page
+    )
+    assert "1 of 1 notebooks ran to the end, every assertion held" in page
+    footer = re.search(r"<footer.*</footer>", page, re.DOTALL)[0]
+    assert re.search(r"\d{4}-\d\d-\d\d · commit (\w{10}\+?|unknown) · \S", footer) and "MathJax" in footer
+    assert os.uname().nodename not in footer
 
 
 # --- runs -------------------------------------------------------------------------------------------
@@ -363,6 +446,8 @@ def test_a_run_leaves_a_copy_with_fixed_ids_and_without_the_traces_of_this_machi
         "import os, sys, warnings\nprint(epochs, widths, os.getcwd(), sys.prefix)",
         "warnings.warn('careful')\nprint('é', end='')",
         "from IPython.display import HTML\nHTML('<b>x</b>')",
+        "from tqdm.notebook import WARN_NOIPYW\nfrom tqdm.std import TqdmWarning\nimport tqdm.auto\n"
+        "warnings.warn(WARN_NOIPYW, TqdmWarning)",
     )
     source = notebook(tmp_path / "nb {braces}", "10_x", *cells)
     out = tmp_path / "out {epochs}"
@@ -373,8 +458,13 @@ def test_a_run_leaves_a_copy_with_fixed_ids_and_without_the_traces_of_this_machi
     nb = nbformat.read(result.output, as_version=4)
     nbformat.validate(nb)
     ids = [cell.id for cell in nb.cells]
-    assert ids == ["cell-00", "cell-01", "injected-parameters", "cell-02", "cell-03", "cell-04", "cell-05"]
+    assert ids == ["cell-00", "cell-01", "injected-parameters", "cell-02", "cell-03", "cell-04", "cell-05", "cell-06"]
     assert texts(result.output).startswith("10 (4, 5) . <env>")
+    assert "careful" in texts(
+        result.output
+    ) and "IProgress" not in "".join(  # of all warnings, tqdm's alone is left out
+        o.get("text", "") for cell in nb.cells for o in cell.get("outputs", [])
+    )
     raw = result.output.read_text()
     assert (
         str(tmp_path) not in raw and sys.prefix not in raw and "ipykernel_" not in raw and "came to its end" not in raw

@@ -620,7 +620,7 @@ def counts(monkeypatch, name: str, **images: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def writable_catalogue(monkeypatch):
+def writable_catalog(monkeypatch):
     monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
 
 
@@ -942,7 +942,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch
     assert list((tmp_path / "cache" / "decoded").iterdir()) == []
 
 
-def test_the_catalogue_is_in_the_readme_with_its_counts_and_terms():
+def test_the_catalog_is_in_the_readme_with_its_counts_and_terms():
     rows = [line for line in (REPOSITORY / "data" / "README.md").read_text().splitlines() if line.startswith("| `")]
     table = {line.split("`")[1]: line for line in rows}
     assert list(table) == list(data.DATASETS)
@@ -950,12 +950,12 @@ def test_the_catalogue_is_in_the_readme_with_its_counts_and_terms():
         for fact in (
             f"{entry.images['train']:,}",
             f"{entry.images['test']:,}",
-            entry.licence,
+            entry.license,
             entry.citation,
             entry.splits,
         ):
             assert fact in table[name], (name, fact)
-        assert name in data.describe() and entry.licence in data.about(name)
+        assert name in data.describe() and entry.license in data.about(name)
 
 
 def test_the_root_comes_from_the_environment(monkeypatch):

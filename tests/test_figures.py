@@ -2,17 +2,9 @@ import matplotlib.pyplot as plt
 import pytest
 
 from prototypes_lib import figures
-from prototypes_lib.methods import METHODS
 
 
-def test_every_method_has_a_colour_and_additions_have_their_own():
-    assert figures.method_color("ibot-vmf-kp") == figures.METHOD["kp"]
-    assert figures.method_color("dino-kd") == figures.METHOD["kd"]
-    assert figures.method_color("simdino") == figures.METHOD["simdino"]
-    assert {figures.method_color(name) for name in METHODS} <= set(figures.METHOD.values())
-
-
-def test_colours_of_methods_differ_and_so_do_their_markers():
+def test_colors_of_methods_differ_and_so_do_their_markers():
     assert len(set(figures.METHOD.values())) == len(figures.METHOD)
     assert len(set(figures.MARKER.values())) == len(figures.MARKER)
 

@@ -55,3 +55,18 @@ def test_wrong_requests_name_themselves():
         evaluate.knn(train, test, (2,), temperature=0.0)
     with pytest.raises(ValueError, match="test image"):
         evaluate.knn(train, Features(test.x[:0], test.labels[:0]), (2,))
+
+
+def test_features_of_any_precision_and_a_tiny_temperature_vote():
+    train, test = _features(60), _features(25, seed=1)
+    expected = evaluate.knn(train, test, 5).accuracy
+    for dtype in (torch.float64, torch.bfloat16):
+        cast = [
+            Features(f.x.to(dtype).float() if dtype == torch.bfloat16 else f.x.to(dtype), f.labels)
+            for f in (train, test)
+        ]
+        assert abs(evaluate.knn(*cast, 5).accuracy[5] - expected[5]) <= 8
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluate.knn(train, test, 5).accuracy == expected
+    sharp = evaluate.knn(train, test, (5,), temperature=1e-4).accuracy[5]
+    assert sharp == evaluate.knn(train, test, 1).accuracy[1]  # the nearest alone decides

@@ -216,3 +216,11 @@ def test_targets_use_the_center_of_the_steps_before():
     learner.eval()
     third, fourth = learner(views, None, 0.04), learner(views, None, 0.04)
     assert third.loss.item() == fourth.loss.item()
+
+
+def test_batch_norm_in_the_projector_takes_one_masked_patch():
+    learner = make(small("ibot"), batch_norm=True)
+    views, masks = batch()
+    masks = torch.zeros_like(masks)
+    masks[0, 0, 0] = True
+    assert torch.isfinite(learner(views, masks, 0.04).loss)

@@ -5,8 +5,8 @@ import pytest
 
 from prototypes_lib import methods, scores
 from prototypes_lib.assignment import Center, Normalize, ProbabilityCenter, Sinkhorn
-from prototypes_lib.methods import METHODS, Method, Views, Warmup, describe
-from prototypes_lib.regularizers import koleo
+from prototypes_lib.methods import METHODS, Method, Patch, Views, Warmup, describe
+from prototypes_lib.regularizers import koleo, power_law, prior_matching
 
 
 def test_the_family_of_this_course():
@@ -46,7 +46,6 @@ def test_description_tells_any_two_recipes_apart_and_is_plain_data():
         ({"student_temp": 0.0}, "positive"),
         ({"teacher_temp": Warmup(0.0, 0.07)}, "positive"),
         ({"ema": 1.5}, "ema"),
-        ({"views": Views(1, 0)}, "views"),
         ({"regularizers": ((0.1, koleo, "prototype"),)}, "prototype"),
         ({"n_prototypes": 0, "targets": (), "regularizers": ((0.1, koleo, "prototypes"),)}, "needs prototypes"),
     ],
@@ -54,6 +53,38 @@ def test_description_tells_any_two_recipes_apart_and_is_plain_data():
 def test_a_composition_that_cannot_be_is_refused(changes, says):
     with pytest.raises(ValueError, match=says):
         METHODS["dino"].but(**changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Views(1, 0), "two views"),
+        (lambda: Views(2, 2, local_scale=(0.5, 0.1)), "low before high"),
+        (lambda: Patch(ratio=(0.5, 0.1)), "ratio"),
+        (lambda: Patch(probability=2.0), "probability"),
+        (lambda: Patch(shape="blob"), "blob"),
+    ],
+)
+def test_views_and_masks_that_cannot_be_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_functions_of_one_name_are_told_apart_and_tensors_are_data():
+    base = METHODS["dino"]
+    one, two = (base.plus(0.1, f, on="codes") for f in (lambda x: x.sum(), lambda x: -x.sum()))
+    assert describe(one) != describe(two)
+    strong, weak = (base.plus(0.1, _scaled(by), on="codes") for by in (1.0, 2.0))
+    assert describe(strong) != describe(weak)
+    prior = base.plus(1.0, partial(prior_matching, prior=power_law(16, 0.25)), on="probabilities")
+    assert json.dumps(describe(prior))
+
+
+def _scaled(by):
+    def scaled(x):
+        return by * x.sum()
+
+    return scaled
 
 
 def test_an_unknown_field_is_refused():

@@ -199,3 +199,8 @@ def test_entropy_lies_between_zero_and_ln_k(mass):
     reference = -sum(x * math.log(x) for x in p.tolist() if x > 0)
     assert entropy(p).item() == pytest.approx(reference, abs=1e-9)
     assert -1e-9 <= entropy(p).item() <= math.log(len(mass)) + 1e-9
+
+
+def test_zero_times_log_zero_is_zero():
+    scores = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    assert cross_entropy(torch.tensor([[1.0, 0.0, 0.0]]), scores).item() == 0.0

@@ -141,7 +141,7 @@ class TestKoleo:
             assert torch.isfinite(g).all()
 
     def test_autocast_changes_nothing(self):
-        x = randn(300, 3)  # so close together that bfloat16 products would pick other neighbours
+        x = randn(300, 3)  # so close together that bfloat16 products would pick other neighbors
         expected, slope = gradient(koleo, x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value, g = gradient(koleo, x)
@@ -178,7 +178,7 @@ class TestPartition:
         assert float(koleo(x, parts=2, generator=rng(5))) == pytest.approx(expected, abs=1e-6)
 
     @given(n=st.integers(4, 40), parts=st.integers(1, 8), seed=st.integers(0, 50))
-    def test_neighbours_in_a_part_are_never_nearer(self, n, parts, seed):
+    def test_neighbors_in_a_part_are_never_nearer(self, n, parts, seed):
         parts = min(parts, n // 2)  # every part has a pair
         x = randn(n, 5, seed=seed)
         assert koleo(x, parts=parts, generator=rng(seed)) <= koleo(x) + 1e-6
@@ -422,3 +422,20 @@ class TestPowerLaw:
     def test_no_prototype_no_prior(self):
         with pytest.raises(ValueError, match="prototype"):
             power_law(0, 0.25)
+
+
+def test_the_nearest_of_near_copies_is_exact_where_cosines_cannot_rank_them():
+    g = torch.Generator().manual_seed(0)
+    for spread in (1e-2, 1e-3, 1e-4, 1e-6):
+        centers = torch.randn(50, 64, generator=g)
+        x = centers.repeat_interleave(10, 0) + spread * torch.randn(500, 64, generator=g)
+        exact = torch.nn.functional.normalize(x, dim=-1).double()
+        gaps = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist") + 9 * torch.eye(500)
+        expected = -torch.log(gaps.amin(-1) + 1e-8).mean()
+        assert abs(float(koleo(x)) - float(expected)) < 2e-3 * float(expected), spread
+
+
+def test_only_directions_count_at_any_scale():
+    x = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-25, 1e-13, 1e13, 1e20):
+        assert abs(float(koleo(scale * x)) - float(koleo(x))) < 1e-4

@@ -71,6 +71,12 @@ def library() -> list[Path]:
     return [p for p in tracked() if p.suffix == ".py" and p.is_relative_to(ROOT / "prototypes_lib")]
 
 
+def test_the_layers_are_told_the_same_everywhere():
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "prototypes_lib" / "__init__.py"):
+        text = path.read_text()
+        assert not [name for name in IDEAS | MACHINERY | READING if not re.search(rf"\b{name}\b", text)], path
+
+
 def test_files_stay_short_enough_to_read():
     assert library()
     for path in library():

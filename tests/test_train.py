@@ -1,13 +1,16 @@
 """A run is a function of its settings: reproducible, resumable bit for bit, and clear about what it cannot do."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from prototypes_lib import checkpoints, data
 from prototypes_lib import train as training
 from prototypes_lib.methods import METHODS, Views, Warmup
+from prototypes_lib.regularizers import koleo
 from prototypes_lib.train import Run, build, config, make_optimizer, train
 
 
@@ -75,6 +78,10 @@ def test_a_run_folder_tells_the_whole_story(tmp_path):
     assert {"loss", "teacher_entropy", "kl", "marginal_entropy", "M", "lr", "seconds"} <= set(last)
     assert abs(last["image"] - last["kl"] - last["teacher_entropy"]) < 1e-5
     assert torch.__version__.startswith(result.summary["environment"]["torch"])
+    started = json.loads((result.folder / "config.json").read_text())
+    assert (
+        started["environment"]["commit"] and started["run"]["seed"] == 0 and started["method"]["score"] == "scores.vmf"
+    )
     header = (result.folder / "metrics.csv").read_text().splitlines()[0]
     assert header.startswith("step,loss")
     assert len(checkpoints.steps(result.folder)) == 2
@@ -174,8 +181,11 @@ def test_jobs_in_processes_give_what_they_give_alone(tmp_path):
         ({"data": "no-such-set"}, "no-such-set"),
         ({"warmup_epochs": 3.0}, "warmup_epochs"),
         ({"device": "cuda"}, "GPU"),
+        ({"device": "gpu"}, "gpu"),
         ({"epochs": 0.0}, "epochs"),
         ({"lr": -1.0}, "lr"),
+        ({"drop_path": 1.5}, "drop_path"),
+        ({"backbone_options": {"foo": 1}}, "foo"),
         ({"precision": "fp16"}, "precision"),
     ],
 )
@@ -185,6 +195,34 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_pa
     with pytest.raises((ValueError, FileNotFoundError), match=says) as error:
         train(method(), run(tmp_path, **changes), "x")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_composition_that_fails_on_the_first_batch_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="parts=100"):
+        train(method().plus(0.1, partial(koleo, parts=100), on="prototypes"), run(tmp_path), "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_divergence_is_named_and_never_saved(tmp_path):
+    wild = run(tmp_path, lr=1e30, warmup_epochs=0.0, clip_grad=0.0, monitor_steps=1000, checkpoint_epochs=0.2)
+    for _ in range(2):  # the second time from the checkpoint that is left, if any
+        with pytest.raises(FloatingPointError, match="infinite or nan"):
+            train(method(), wild, "x")
+    for folder in tmp_path.iterdir():
+        for step in checkpoints.steps(folder):
+            tensors = load_file(folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+            assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_cut_off_line_of_metrics_does_not_block_resume(tmp_path):
+    partial_run = train(method(), run(tmp_path), "x", stop_after=3)
+    path = partial_run.folder / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    assert len(train(method(), run(tmp_path), "x").metrics) == 3
+
+
+def test_stopping_after_no_step_trains_nothing(tmp_path):
+    assert train(method(), run(tmp_path), "x", stop_after=0).metrics == ()
 
 
 def test_an_unknown_method_is_refused(tmp_path):

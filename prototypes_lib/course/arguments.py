@@ -7,6 +7,7 @@ import ast
 import difflib
 import io
 import math
+import re
 import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Parameter:
     type: str
     default: Any
     help: str
+
+    @property
+    def values(self) -> str:
+        """The type as a reader takes it: `Literal["a", "b"]` is `one of "a", "b"`."""
+        return re.sub(r"(typing\.)?Literal\[(.*?)\]", r"one of \2", self.type)
 
 
 def parameters(path: Path) -> dict[str, Parameter]:
@@ -78,6 +84,23 @@ def resolve_each(paths: Sequence[Path], given: Mapping[str, Any]) -> list[dict[s
     ]
 
 
+def from_here(paths: Sequence[Path], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with folders named from the current directory made absolute, as a notebook runs in its own.
+
+    That is: text for a parameter of type `str` whose help says "folder", where such a file or folder exists here.
+    The name of a data set stays a name ("./cifar10" is a folder of that name), and so does a path not found here.
+    """
+    from prototypes_lib.data import DATASETS
+
+    found = dict(given)
+    for known in map(parameters, paths):
+        for name, text in given.items():
+            folder = name in known and "str" in known[name].type and "folder" in known[name].help
+            if folder and isinstance(text, str) and text and text not in DATASETS and Path(text).exists():
+                found[name] = str(Path(text).resolve())
+    return found
+
+
 def _reject_unknown(given: Mapping[str, Any], known: Mapping[str, Parameter], where: str) -> None:
     for name in given:
         if name not in known:
@@ -101,7 +124,8 @@ def _read(cell: str, where: str) -> dict[str, Parameter]:
             default = ast.literal_eval(node.value)
         except ValueError:
             raise ValueError(f"{line}: a default must be a literal, not `{ast.unparse(node.value)}`") from None
-        kind = ast.unparse(node.annotation)
+        quoted = isinstance(node.annotation, ast.Constant) and isinstance(node.annotation.value, str)
+        kind = node.annotation.value if quoted else ast.unparse(node.annotation)
         name = node.target.id
         try:
             _check(default, node.annotation)
@@ -116,7 +140,7 @@ def _value(value: Any, parameter: Parameter, where: str) -> Any:
     try:
         return _parse(value, kind) if isinstance(value, str) else _check(value, kind)
     except (ValueError, SyntaxError):
-        raise ValueError(f"parameter {parameter.name!r} of {where} is {parameter.type}, not {value!r}") from None
+        raise ValueError(f"parameter {parameter.name!r} of {where} is {parameter.values}, not {value!r}") from None
 
 
 def _parts(kind: ast.expr) -> tuple[str, list[ast.expr]]:

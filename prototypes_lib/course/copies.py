@@ -68,7 +68,7 @@ def fault(nb: NotebookNode, run_id: str) -> tuple[str, str] | None:
     for cell in code:
         for output in cell.outputs:
             if output.output_type == "error":
-                return cell.id, f"{output.ename}: {_plain(output.evalue)}".rstrip(": ")
+                return cell.id, f"{output.ename}: {_first_words(output.evalue)}".rstrip(": ")
     for cell in code:
         if cell.metadata.get("papermill", {}).get("exception"):
             return cell.id, "an exception"
@@ -107,7 +107,7 @@ def clean(nb: NotebookNode, run_id: str, record: dict[str, Any], folder: Path) -
 
 
 def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Neighbouring pieces of one stream as one, each line as a terminal shows it at the end (a bar's last state)."""
+    """Neighboring pieces of one stream as one, each line as a terminal shows it at the end (a bar's last state)."""
     # nbclient's own `coalesce_streams` takes quadratic time on a long line: a megabyte hangs it
     joined: list[NotebookNode] = []
     for output in outputs:
@@ -146,8 +146,8 @@ def _without_paths(text: str, folder: Path) -> str:
     return text
 
 
-def _plain(text: str) -> str:
-    """The first line of an error without terminal colours."""
+def _first_words(text: str) -> str:
+    """The first line of an error without terminal colors."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).strip().splitlines()
     return lines[0] if lines else ""
 

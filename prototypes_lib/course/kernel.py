@@ -32,8 +32,8 @@ def execute(
     *,
     cwd: Path,
     run_id: str,
-    timeout_s: int | float | None,
-    total_timeout_s: int | float | None,
+    timeout_s: int | None,
+    total_timeout_s: int | None,
     tick: Callable[[str], None],
 ) -> tuple[str, str]:
     """Runs `nb` in the directory `cwd`, writes `folder/out.ipynb`; returns (cell id, reason) of what went wrong.
@@ -91,6 +91,8 @@ def _environment(folder: Path, run_id: str) -> dict[str, str]:
         "IPYTHONDIR": str(folder / "ipython"),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
+    # tqdm.auto asks for widgets, which a copy could not keep; a filter by text works before tqdm is imported
+    ours["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"]))
     # a backend chosen for scripts (MPLBACKEND=agg) would leave the notebooks without figures
     return {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | ours
 

@@ -1,5 +1,6 @@
 """`prototypes run`: the notebooks asked for, one after the other, each ending in a copy that ran or in an error."""
 
+import math
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import nbformat
 
 from prototypes_lib.course import copies, pages
-from prototypes_lib.course.arguments import as_code, inject, parameters, resolve, resolve_each, smoke_values
+from prototypes_lib.course.arguments import as_code, from_here, inject, parameters, resolve, resolve_each, smoke_values
 from prototypes_lib.course.guards import Interrupted, lock, signals
 from prototypes_lib.course.kernel import execute
 
@@ -82,12 +83,13 @@ def run(
 
     A failed notebook does not stop the others. `params` are values or texts, each known to at least one notebook;
     `smoke` starts from the small values of each notebook's nbmake mock. `timeout_s` (a cell) and
-    `total_timeout_s` (a notebook) are seconds, None for no limit.
+    `total_timeout_s` (a notebook) are seconds, 0 or None for no limit.
 
     Raises:
-        ValueError: an unknown or ill-typed parameter, a notebook without `course.finish()` as its last code cell,
-            or another run at work in `out_dir`. Nothing has run or changed then.
+        ValueError: a time limit below 0, an unknown or ill-typed parameter, a notebook without `course.finish()` as
+            its last code cell, or another run at work in `out_dir`. Nothing has run or changed then.
     """
+    timeout_s, total_timeout_s = _limit("timeout", timeout_s), _limit("total-timeout", total_timeout_s)
     given = resolve_each(sources, params or {})
     if smoke:
         given = [resolve(s, smoke_values(s)) | g for s, g in zip(sources, given, strict=True)]
@@ -102,6 +104,15 @@ def run(
             results.append(_run_one(source, out_dir, values, timeout_s, total_timeout_s, smoke, say))
             say(results[-1].message)
     return results
+
+
+def _limit(name: str, seconds: float | None) -> int | None:
+    """A time limit in whole seconds, as nbclient wants it; None, 0 and infinity are no limit."""
+    if seconds is None or seconds in (0, math.inf):
+        return None
+    if not seconds > 0:
+        raise ValueError(f"{name} {seconds:g}: give seconds, or 0 for no limit")
+    return math.ceil(seconds)
 
 
 class _Progress:
@@ -129,8 +140,8 @@ def _run_one(
     source: Path,
     out_dir: Path,
     values: dict[str, Any],
-    timeout_s: int | float | None,
-    total_timeout_s: int | float | None,
+    timeout_s: int | None,
+    total_timeout_s: int | None,
     smoke: bool,
     say: _Progress,
 ) -> Result:
@@ -199,7 +210,8 @@ def run_cli(
     """`prototypes run`: exit status 0 all ran, 1 some failed, 2 a wrong request, 128 + n ended by signal n.
 
     `pages_too` adds an HTML page of each notebook and `index.html`; `list_only` prints the notebooks asked for
-    and their parameters, and runs nothing. `notebooks` defaults to the folder of this checkout.
+    and their parameters, and runs nothing. Folders in `params` are taken from the current directory
+    (`arguments.from_here`), time limits of 0 lift them. `notebooks` defaults to the folder of this checkout.
     """
     try:
         sources = find(notebooks or Path(__file__).resolve().parents[2] / "notebooks", only)
@@ -207,12 +219,12 @@ def run_cli(
             for source in sources:
                 print(f"{source.stem}: {copies.heading(copies.convert(source))}")
                 for p in parameters(source).values():
-                    print(f"    {p.name}: {p.type} = {p.default!r}  # {p.help}")
+                    print(f"    {p.name}: {p.values} = {p.default!r}" + f"  # {p.help}" * bool(p.help))
             return 0
         results = run(
             sources,
             out,
-            dict(params),
+            from_here(sources, dict(params)),
             timeout_s=timeout_s,
             total_timeout_s=total_timeout_s,
             smoke=smoke,

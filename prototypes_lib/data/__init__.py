@@ -129,7 +129,7 @@ def load(
         cache_folder=folder / "decoded",
         cache=cache,
         progress=progress,
-        name=f"{_plain(name)}-{split}",
+        name=f"{_file_name(name)}-{split}",
     )
     images = Images(decoded.pixels, listing.labels[decoded.kept], listing.classes, name, decoded.skipped)
     if progress or images.skipped:
@@ -153,7 +153,7 @@ def report(images: Images, split: str, shown: int = 20) -> str:
     return "\n".join(lines)
 
 
-def _plain(name: str) -> str:
+def _file_name(name: str) -> str:
     """`name` as part of a file name."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)[:60]
 
@@ -251,7 +251,7 @@ def embedded(split: str) -> sources.Listing:
 def fetch(name: str, root: str | Path | None = None, progress: bool = True) -> str:
     """Fetch a named data set into `root` unless it is there, check it, and return a line about each split.
 
-    With `progress` its licence and citation are printed first. Nothing is decoded.
+    With `progress` its license and citation are printed first. Nothing is decoded.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: one line that says what is wrong and what to do.

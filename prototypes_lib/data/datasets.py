@@ -1,4 +1,4 @@
-"""The catalogue: what each data set is, how many images it has, under which terms, and whom to cite."""
+"""The catalog: what each data set is, how many images it has, under which terms, and whom to cite."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Dataset:
     images: Mapping[str, int]
     classes: int
     size: str  # of the download
-    licence: str  # status, as its makers state it
+    license: str  # status, as its makers state it
     citation: str
     home: str
     splits: str = "official train and test"
@@ -166,7 +166,7 @@ DATASETS: Mapping[str, Dataset] = MappingProxyType(_ALL)
 
 
 def describe() -> str:
-    """The catalogue as text: one line a data set, then how to fetch one and how to use a folder of one's own."""
+    """The catalog as text: one line a data set, then how to fetch one and how to use a folder of one's own."""
     rows = [("name", "train", "test", "classes", "download", "what")]
     for name, entry in DATASETS.items():
         train, test = f"{entry.images['train']:,}", f"{entry.images['test']:,}"
@@ -178,14 +178,14 @@ def describe() -> str:
         [
             *lines,
             "",
-            "Fetch one:     prototypes data NAME   (licence and citation are shown first)",
+            "Fetch one:     prototypes data NAME   (license and citation are shown first)",
             "Your own:      any folder CLASS/image.jpg, or train/ and val/ of such folders (ImageNet)",
         ]
     )
 
 
 def about(name: str) -> str:
-    """Everything the catalogue knows of one data set, one fact a line."""
+    """Everything the catalog knows of one data set, one fact a line."""
     entry = DATASETS[name]
     images = ", ".join(f"{split} {count:,}" for split, count in entry.images.items())
     facts = {
@@ -194,7 +194,7 @@ def about(name: str) -> str:
         "splits": entry.splits,
         "download": entry.size,
         "checked": entry.checked,
-        "licence": entry.licence,
+        "license": entry.license,
         "cite": entry.citation,
         "home": entry.home,
     }

@@ -36,11 +36,15 @@ def decode(path: str | Path) -> UInt8[np.ndarray, "height width 3"]:
 
     Raises:
         OSError, ValueError and whatever Pillow raises for a file that is not a whole picture. Truncated files
-        are always refused, also when another library has set Pillow's LOAD_TRUNCATED_IMAGES.
+        are always refused, also when another library has set Pillow's LOAD_TRUNCATED_IMAGES, and so are PNG files
+        with a wrong checksum. Damage that still decodes in a format without checksums (a JPEG closed early by a
+        valid end marker, a BMP or TIFF with zeros in it) cannot be told from a picture.
     """
     content = _read(Path(path))
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.format == "PNG":  # Pillow decodes a tail of zeros without a word; the checksums tell
+        Image.open(io.BytesIO(content), formats=["PNG"]).verify()
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     image.load()

@@ -31,7 +31,7 @@ def extract(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Features:
-    """Class-token features of all images in order, in eval mode: resize to size * 256 / 224, crop the centre (DINO).
+    """Class-token features of all images in order, in eval mode: resize to size * 256 / 224, crop the center (DINO).
 
     size: side of the view; by default the images' own side, cut to whole patches. The model is put back as it was.
     """

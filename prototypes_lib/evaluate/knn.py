@@ -1,11 +1,11 @@
-"""Weighted nearest-neighbour classification, the family's first question to a feature: who are your neighbours?"""
+"""Weighted nearest-neighbor classification, the family's first question to a feature: who are your neighbors?"""
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from prototypes_lib.evaluate.features import Features
+from prototypes_lib.precision import directions
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class KNN:
 def knn(
     train: Features,
     test: Features,
-    k: tuple[int, ...] = (10, 20, 100, 200),
+    k: int | tuple[int, ...] = (10, 20, 100, 200),
     *,
     temperature: float = 0.07,
     device: str | torch.device = "cpu",
@@ -38,32 +38,34 @@ def knn(
 
     Differences from the official script, none of which moves a number on ImageNet: classes are counted from the
     labels instead of 1000, any number of test images works (the script fails below 100), and a k beyond the training
-    set is an error. Weights are exp((cos - 1) / T), the same votes without overflow.
+    set is an error. Weights are exp((cos - largest cos) / T), the same votes without over- or underflow.
 
     Args: features of any length (normalized here); k list; block: similarities held at a time.
 
     Raises:
         ValueError: k outside 1 .. number of training images, no test images, or a temperature that is not positive.
     """
+    k = (k,) if isinstance(k, int) else tuple(k)
     if not k or min(k) < 1 or max(k) > len(train.x):
         raise ValueError(f"k={k} must lie between 1 and the {len(train.x)} training images")
     if not len(test.x):
         raise ValueError("kNN needs at least one test image")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
-    bank = F.normalize(train.x.to(device), dim=-1)
+    bank = directions(train.x.to(device))
     labels = train.labels.to(device)
     n_classes = int(max(labels.max(), test.labels.max())) + 1
     rows = max(1, block // len(bank))
     right = dict.fromkeys(k, 0)
     for start in range(0, len(test.x), rows):
-        queries = F.normalize(test.x[start : start + rows].to(device), dim=-1)
+        queries = directions(test.x[start : start + rows].to(device))
         truth = test.labels[start : start + rows].to(device)
-        similarity, neighbours = (queries @ bank.T).topk(max(k), dim=-1)
-        weight = torch.exp((similarity - 1) / temperature)
-        voted = labels[neighbours]
+        with torch.autocast(bank.device.type, enabled=False):
+            similarity, neighbors = (queries.to(bank.dtype) @ bank.T).topk(max(k), dim=-1)
+        weight = torch.exp((similarity - similarity[:, :1]) / temperature)  # against the nearest: no underflow
+        voted = labels[neighbors]
         for count in k:
-            votes = torch.zeros(len(queries), n_classes, device=device)
+            votes = weight.new_zeros(len(queries), n_classes)
             votes.scatter_add_(1, voted[:, :count], weight[:, :count])
             right[count] += int((votes.argmax(-1) == truth).sum())
     n = len(test.x)
