@@ -94,6 +94,8 @@ def coding_rate(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float
     n, dim = z.shape
     if not eps > 0:
         raise ValueError(f"eps={eps}: the distortion must be positive")
+    if not n:
+        raise ValueError("the coding rate of no codes is undefined")
     if groups < 1 or n % groups:
         raise ValueError(f"groups={groups} must divide the batch of {n}")
     with torch.autocast(z.device.type, enabled=False):
@@ -117,8 +119,8 @@ def expansion(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float[T
     Sim, section 2.3 proposes gamma of the order of eps sqrt(n / (d min(d, n))), which the code has commented out: it
     grows with n beyond d, while the code's falls. Arguments and errors as `coding_rate`.
     """
-    n, dim = z.shape
-    return (1 / dim + 1 / n) * coding_rate(z, eps, groups)
+    rate = coding_rate(z, eps, groups)
+    return (1 / z.shape[1] + 1 / len(z)) * rate
 
 
 def mean_entropy(p: Float[Tensor, "batch k"]) -> Float[Tensor, ""]:

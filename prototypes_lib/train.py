@@ -7,6 +7,7 @@ generators made for it, so a run that was interrupted goes on exactly where it w
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import time
 from collections.abc import Sequence
@@ -185,8 +186,9 @@ class _Trainer:
             global_scale=method.views.global_scale, local_scale=method.views.local_scale,
             blur_sigma=_blur(run.image_size),
         )  # fmt: skip
-        memory_mapped = isinstance(images.pixels, np.memmap)
-        self.resident = None if memory_mapped else torch.from_numpy(images.pixels).to(device)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        fits = not isinstance(images.pixels, np.memmap) and images.pixels.nbytes < 0.4 * free
+        self.resident = torch.from_numpy(images.pixels).to(device) if fits else None
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.precision = precision or self._rehearse()
 

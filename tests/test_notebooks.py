@@ -66,7 +66,7 @@ def test_executed_copies_hold_figures_with_alt_text_and_no_errors():
         assert not [o for o in outputs if o.output_type == "error"]
         pictures = [o for o in outputs if "image/png" in o.get("data", {})]
         assert pictures and all(o.metadata["image/png"]["alt"] for o in pictures), path.name
-        assert not re.search(r"/home/|/root/|/tmp/|/Users/", path.read_text()), path.name
+        assert not re.search(r"/(home|root|tmp|Users)/", path.read_text()), path.name
 
 
 @pytest.mark.slow

@@ -439,3 +439,9 @@ def test_only_directions_count_at_any_scale():
     x = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
     for scale in (1e-25, 1e-13, 1e13, 1e20):
         assert abs(float(koleo(scale * x)) - float(koleo(x))) < 1e-4
+
+
+def test_no_codes_have_no_coding_rate():
+    for function in (coding_rate, expansion):
+        with pytest.raises(ValueError, match="no codes"):
+            function(torch.empty(0, 3), 0.3)
