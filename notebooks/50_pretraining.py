@@ -188,9 +188,7 @@ if check and simdino and scale == "time-lapse":
     assert mean > untrained[0].best[1], f"SimDINO's kNN {mean:.1f} % should pass the untrained network's"
     best = {label: found[0].best[1] for label, found in scored.items() if label[0]}
     means = [sum(best[k, kind, s] for s in seeds) / len(seeds) for k in n_prototypes for kind in ("base", "kd", "kp")]
-    assert max(means) - min(means) < 6, (
-        f"{means}: more than two intervals' half-widths apart, kNN would tell the runs apart"
-    )
+    assert max(means) - min(means) < 6, f"{means}: kNN means two intervals apart would tell the runs apart"
 
 # %% [markdown]
 # **Reading.** Base, kd and kp lie within each other's intervals, more or less, and hardly leave the untrained network: a
