@@ -175,12 +175,11 @@ for k, kind in dict.fromkeys((k, kind) for k, kind, _ in trained):
     names.append((text, figures.METHOD[kind], figures.MARKER[kind], [scored[k, kind, s][0] for s in seeds]))
 for place, (_, color, marker, values) in enumerate(names):
     for shift, value in enumerate(values):
-        best, accuracy = value.best
+        (best, accuracy), x = value.best, place + 0.18 * (shift - (len(values) - 1) / 2)
         low, high = value.interval[best]
-        x = place + 0.18 * (shift - (len(values) - 1) / 2)
         axis.errorbar(x, accuracy, [[accuracy - low], [high - accuracy]], color=color, marker=marker, capsize=2)
-axis.set(xticks=range(len(names)), ylabel="kNN accuracy, %", title=f"kNN of every run ({test_images.name})")
-axis.set_xticklabels([text for text, *_ in names])
+axis.set_xticks(range(len(names)), [text for text, *_ in names])
+axis.set(ylabel="kNN accuracy, %", title=f"kNN of every run ({test_images.name})")
 figures.show(fig, alt="kNN accuracy with 95 percent intervals for the untrained network, base, kd and kp at each K, "
              "and SimDINO; one marker a seed. SimDINO is highest on average; the others lie close together.")  # fmt: skip
 if check and simdino and scale == "time-lapse":
