@@ -37,7 +37,8 @@ class _MovingCenter(nn.Module):
     def _centered(self, scores: Tensor, batch_center: Tensor, scale: float) -> Tensor:
         if scores.shape[-1] != self.center.shape[-1]:
             raise ValueError(f"scores for {scores.shape[-1]} prototypes meet a center of {self.center.shape[-1]}")
-        center = batch_center if self.momentum == 0 else self.center
+        # the score -inf of a prototype nobody can reach stays so
+        center = torch.where(batch_center.isfinite(), batch_center, 0.0) if self.momentum == 0 else self.center
         centered = scores - center.to(scores.dtype) / scale
         if self.training and len(scores):  # a batch without samples (no patch masked) leaves the memory alone
             new = torch.lerp(self.center, batch_center.to(self.center.dtype), 1 - self.momentum)
@@ -65,14 +66,27 @@ class ProbabilityCenter(_MovingCenter):
     """Probability centering: c <- m c + (1 - m) log mean_b P_b, target softmax(L - c), P = softmax(L) (PPC, Eq. 3).
 
     L are the full scores, log C_p included. vMF Eq. 9 prints P without log C_p; its text and PPC Eq. 3 mean it
-    included, and so do we. P is not centered before it is averaged, and c is not divided by tau.
-    The mean of P is taken in the log domain: in float32 thousands of its entries would underflow to log 0.
+    included, and so do we; literal=True is Eq. 9 as printed. P is not centered before it is averaged, and c is not
+    divided by tau. The mean of P is taken in the log domain: in float32 thousands of its entries would underflow to
+    log 0.
     """
 
+    def __init__(self, k: int, momentum: float = 0.9, literal: bool = False):
+        super().__init__(k, momentum)
+        self.literal = literal
+
     @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
+    def forward(
+        self,
+        log_scores: Float[Tensor, "batch k"],
+        tau: float = 1.0,
+        log_normalizer: Float[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "batch k"]:
+        """log_normalizer: the log C_p of each prototype that is in the scores, where `literal` is to leave it out."""
         scores = wide(log_scores)
-        log_p = torch.log_softmax(scores, dim=-1)
+        if self.literal and log_normalizer is None:
+            raise ValueError("literal=True leaves log C_p out of P: pass the log_normalizer that is in the scores")
+        log_p = torch.log_softmax(scores - log_normalizer if self.literal else scores, dim=-1)
         batch = torch.logsumexp(log_p, dim=0) - math.log(max(len(scores), 1))
         return self._centered(scores, batch, scale=1.0)
 
@@ -124,10 +138,16 @@ class Chain(nn.Module):
         self.links = nn.ModuleList(_build(target, k) for target in targets)
 
     @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
+    def forward(
+        self,
+        log_scores: Float[Tensor, "batch k"],
+        tau: float = 1.0,
+        log_normalizer: Float[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "batch k"]:
         log_q = wide(log_scores)
         for link in self.links:
-            log_q = link(log_q, tau)
+            literal = getattr(link, "literal", False)
+            log_q = link(log_q, tau, log_normalizer) if literal else link(log_q, tau)
         return torch.log_softmax(log_q, dim=-1)
 
 

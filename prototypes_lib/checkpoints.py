@@ -121,7 +121,7 @@ def export(run_folder: str | Path, path: str | Path) -> Path:
         raise ValueError(f"{path} exists and is no export; choose a new folder")
     config, tensors = _newest(run_folder)
     teacher = "teacher." if any(name.startswith("teacher.") for name in tensors) else "student."
-    backbone = _strip(tensors, f"{teacher}backbone.vit.")
+    backbone = _timms(tensors, f"{teacher}backbone.")
     head = {f"mlp.{k}": v for k, v in _strip(tensors, f"{teacher}projector.mlp.").items()}
     found = _strip(tensors, f"{teacher}prototypes.") or _strip(tensors, "student.prototypes.")  # shared ones
     head |= {f"last_layer.{k}": v for k, v in found.items()}
@@ -157,11 +157,11 @@ def load_backbone(path: str | Path, network: str = "teacher") -> Backbone:
         config, tensors = json.loads((path / "about.json").read_text()), load_file(path / "backbone.safetensors")
     else:
         config, tensors = _newest(path)
-        tensors = _strip(tensors, f"{network}.backbone.vit.") or _strip(tensors, "student.backbone.vit.")
+        tensors = _timms(tensors, f"{network}.backbone.") or _timms(tensors, "student.backbone.")
     run = config["run"]
     options = {key: value for key, value in run["backbone_options"].items() if key != "pretrained"}
     backbone = Backbone(run["backbone"], run["image_size"], **options)
-    backbone.vit.load_state_dict(tensors)
+    next(backbone.children()).load_state_dict(tensors)  # vit or cnn; our mask token is training's alone
     return backbone.eval()
 
 
@@ -182,3 +182,8 @@ def _newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _timms(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A backbone's tensors, BatchNorm's statistics too, under timm's names."""
+    return _strip(tensors, f"{prefix}vit.") or _strip(tensors, f"{prefix}cnn.")

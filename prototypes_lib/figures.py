@@ -16,6 +16,20 @@ ROLE = {"data": GRAY, "student": BLUE, "teacher": ORANGE, "prototypes": VERMILLI
 METHOD = {"base": VERMILLION, "kd": ORANGE, "kp": BLUE, "simdino": GREEN, "random": GRAY}
 MARKER = {"base": "o", "kd": "s", "kp": "^", "simdino": "D", "random": "x"}
 
+# members of the family, for `look`: a color each kin, a marker each variant
+_KIN = {"dino": BLUE, "ibot": SKY, "swav": BLACK, "msn": PINK, "pmsn": PINK, "dinov2": VERMILLION, "simdino": GREEN,
+        "simdinov2": GREEN, "untrained": GRAY}  # fmt: skip
+_VARIANT = {"": "o", "vmf": "s", "vmf-kd": "D", "vmf-kp": "^", "vmf-me": "v", "kd": "d", "kp": "<"}
+
+
+def look(name: str) -> dict[str, str]:
+    """Color and marker of a name of METHODS, or of "untrained"; two names never look the same."""
+    kin, _, variant = name.partition("-")
+    if kin not in _KIN or variant not in _VARIANT:
+        raise ValueError(f"no color for {name!r}; its kin must be one of {', '.join(_KIN)}")
+    marker = {"pmsn": "X", "simdinov2": "P", "untrained": "x"}.get(kin, _VARIANT[variant])
+    return {"color": _KIN[kin], "marker": marker}
+
 
 def use_style() -> None:
     """Apply the course's matplotlib style; call it once in a notebook's import cell."""

@@ -1,5 +1,7 @@
 """Which patches the student does not see: the block masks of BEiT, drawn as iBOT and DINOv2 draw them.
 
+MSN takes patches away instead, the same of every image (`dropped`).
+
 A mask is a random parameter of a training step like a crop box, so it is drawn on the CPU from a generator and then
 moved; all images of a batch advance together, one block at a time.
 """
@@ -49,6 +51,18 @@ def block_masks(
     quotas = quotas.floor() if stratified else quotas
     masks = _random(quotas, grid, generator) if shape == "rand" else _blocks(quotas, grid, min_area, generator)
     return masks.to(device)
+
+
+def dropped(grid: tuple[int, int], share: float, *, generator: torch.Generator) -> Bool[Tensor, "height width"]:
+    """Draw which patches a whole batch goes without: N - floor(N (1 - share)) of the N at random (MSN's patch drop).
+
+    Raises: ValueError for a share outside [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share} of dropped patches must lie in [0, 1)")
+    patches = math.prod(grid)
+    kept = int(patches * (1 - share) + 1e-9)
+    return torch.randperm(patches, generator=generator).view(grid) >= kept
 
 
 def mask_ratios(

@@ -41,16 +41,20 @@ def alignment(
 
 
 def over_views(
-    objective: Objective, teacher: Float[Tensor, "views batch d"], student: list[Float[Tensor, "batch d"]]
+    objective: Objective,
+    teacher: Float[Tensor, "views batch d"],
+    student: list[Float[Tensor, "batch d"]],
+    first: int = 0,
 ) -> Float[Tensor, ""]:
     """Mean of objective(teacher view q, student view v) over all pairs q != v: 2(2+L) - 2 pairs for L local views.
 
-    Views are ordered [global1, global2, local1, ...] in both arguments. Both objectives are linear in the teacher, so
+    Views are ordered [global1, global2, local1, ...] in both arguments; the student's begin with view `first` (MSN's
+    with 1: its one target is none of its anchors). Both objectives are linear in the teacher, so
     one call a student view with the mean of its targets replaces a call a pair. Raises ValueError without any pair.
     """
     teacher = wide(teacher)
     total, loss, pairs = teacher.sum(0), 0.0, 0
-    for v, prediction in enumerate(student):
+    for v, prediction in enumerate(student, start=first):
         n = len(teacher) - (v < len(teacher))
         if n:
             others = (total - teacher[v]) if v < len(teacher) else total
@@ -63,4 +67,5 @@ def over_views(
 
 def entropy(p: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
     """H(p) = -sum_k p_k log p_k in nats, 0 log 0 = 0; ln K for the uniform distribution."""
-    return torch.special.entr(wide(p)).sum(-1)
+    p = wide(p)  # clamped before the logarithm: 0 log 0 is 0, and so has a gradient
+    return -(p * torch.log(p.clamp_min(torch.finfo(p.dtype).tiny))).sum(-1)

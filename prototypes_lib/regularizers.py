@@ -145,12 +145,24 @@ def prior_matching(p: Float[Tensor, "batch k"], prior: Float[Tensor, " k"]) -> F
     return (marginal * (_log(marginal) - torch.log(prior.to(marginal)))).sum()
 
 
+def power_law_matching(p: Float[Tensor, "batch k"], exponent: float) -> Float[Tensor, ""]:
+    """KL(mean_b p_b || pi), pi the power law over the prototypes in their order: PMSN's term (PPC, section 3; a loss).
+
+    With exponent 0 it is ln K - mean_entropy, MSN's up to its constant.
+    """
+    return prior_matching(p, _power_law(p.shape[-1], exponent).to(p.device))
+
+
 def power_law(k: int, exponent: float) -> Float[Tensor, " k"]:
     """pi_j proportional to j^-exponent, j = 1 .. k: PMSN's long-tailed prior; exponent 0 is the uniform one."""
     if k < 1:
         raise ValueError(f"k={k}: a prior needs at least one prototype")
+    return _power_law(k, exponent).float()
+
+
+def _power_law(k: int, exponent: float) -> Tensor:
     weights = torch.arange(1, k + 1, dtype=torch.float64) ** -float(exponent)
-    return (weights / weights.sum()).float()
+    return weights / weights.sum()
 
 
 def _log(p: Tensor) -> Tensor:

@@ -1,9 +1,20 @@
 """Everything about a run that is not the method."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+_CHOICES = {
+    "optimizer": ("adamw", "lars", "larc"),
+    "lr_scaling": ("linear", "sqrt", "none"),
+    "momentum_schedule": ("cosine", "linear"),
+    "clip": ("tensor", "module", "global"),
+    "freeze_by": ("gradient", "lr"),
+    "head_activation": ("gelu", "relu"),
+    "precision": ("auto", "fp32", "bf16"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,17 +34,31 @@ class Run:
     local_size: int = 96  # side of local crops, px
     hidden: int = 2048  # width of the projector
     bottleneck: int = 256  # dimension of the codes
+    head_layers: int = 3  # linear layers of the projector
+    head_activation: str = "gelu"  # between them: gelu or relu
     head_batch_norm: bool = False  # batch normalization in the projector
     epochs: float = 100.0  # passes over the data
     batch_size: int = 256  # images a step
-    lr: float = 5e-4  # learning rate at its peak, per 256 images a step, as the official code
+    optimizer: str = "adamw"  # adamw; lars (DINO's ResNet-50); larc (SwAV: biases and norms adapted and decayed too)
+    lr: float = 5e-4  # learning rate at its peak, for lr_batch_size images a step, as the official code
+    lr_scaling: str = "linear"  # growth of the peak with batch_size / lr_batch_size: linear, sqrt or none
+    lr_batch_size: int = 256  # images a step that lr is given for
     min_lr: float = 1e-6  # learning rate at the end of its cosine, whatever the batch size
-    warmup_epochs: float = 10.0  # epochs in which the learning rate rises from 0
+    warmup_lr: float = 0.0  # learning rate at the first step of its warm-up, whatever the batch size
+    warmup_epochs: float = 10.0  # epochs in which the learning rate rises from warmup_lr
     weight_decay: float = 0.04  # at the start; not on biases and norms
     weight_decay_end: float = 0.4  # at the end of its cosine
-    clip_grad: float = 3.0  # largest gradient norm of a tensor; 0 for none
+    momentum_schedule: str = "cosine"  # the way of the teacher's momentum to its end: cosine or linear
+    schedule_stretch: float = 1.0  # length of learning rate, decay and momentum schedules, in runs; cut off at 1 (MSN)
+    clip_grad: float = 3.0  # largest gradient norm; 0 for none
+    clip: str = "tensor"  # what has that norm: tensor, module (backbone, each head) or global (everything)
+    clip_prototypes: bool = True  # whether prototypes are clipped (not in MSN)
     freeze_last_layer: float = 1.0  # epochs during which prototypes stand still
+    freeze_by: str = "gradient"  # their gradients are dropped, or, by lr, their learning rate is 0 (DINOv2)
     prototype_lr_factor: float = 1.0  # of the prototypes' learning rate, against the rest
+    prototype_weight_decay: float = 1.0  # of the prototypes' weight decay, against the rest
+    layer_decay: float = 1.0  # of the learning rate, from each layer of the backbone to the one before (DINOv2)
+    patch_embed_lr: float = 1.0  # of the patch embedding's learning rate, on top of layer_decay
     drop_path: float = 0.1  # stochastic depth of the student: share of residual branches dropped
     seed: int = 0  # of weights, order and views
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -47,21 +72,33 @@ class Run:
         for name in ("data", "root", "out"):  # a Path is as good
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
-        for name in ("image_size", "local_size", "hidden", "bottleneck", "batch_size", "monitor_steps", "seed"):
+        sizes = ("image_size", "local_size", "hidden", "bottleneck", "head_layers")
+        sizes += ("batch_size", "lr_batch_size", "monitor_steps")
+        for name in (*sizes, "seed"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
-        positive = ("image_size", "local_size", "hidden", "bottleneck", "epochs", "batch_size", "monitor_steps")
-        for name in (*positive, "checkpoint_epochs"):
+        for name in (*sizes, "epochs", "checkpoint_epochs", "layer_decay"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         not_negative = ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "drop_path")
-        for name in (*not_negative, "freeze_last_layer", "prototype_lr_factor"):
+        factors = ("prototype_lr_factor", "prototype_weight_decay", "patch_embed_lr")
+        for name in (*not_negative, "warmup_lr", "freeze_last_layer", *factors):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.drop_path >= 1:
             raise ValueError(f"drop_path={self.drop_path} must be below 1")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision={self.precision!r}: choose auto, fp32 or bf16")
+        if not self.schedule_stretch >= 1:
+            raise ValueError(f"schedule_stretch={self.schedule_stretch} must be at least 1: schedules last all the run")
+        for name, (*others, last) in _CHOICES.items():
+            if getattr(self, name) not in (*others, last):
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(others)} or {last}")
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at its peak, for the run's batch size."""
+        if self.lr_scaling == "linear":
+            return self.lr * self.batch_size / self.lr_batch_size
+        return self.lr * (math.sqrt(self.batch_size / self.lr_batch_size) if self.lr_scaling == "sqrt" else 1.0)
 
     @property
     def stored_size(self) -> int:

@@ -26,11 +26,12 @@ from prototypes_lib.collapse import unique_prototypes
 from prototypes_lib.data import Images, check_batch, load
 from prototypes_lib.heads import Projector, Prototypes
 from prototypes_lib.learner import Learner, Network
-from prototypes_lib.masks import block_masks
+from prototypes_lib.masks import block_masks, dropped
 from prototypes_lib.methods import METHODS, Method, describe
+from prototypes_lib.optimizers import clip_gradients, make_optimizer
 from prototypes_lib.records import Log, environment, write_text
 from prototypes_lib.settings import Run
-from prototypes_lib.views import MultiCrop
+from prototypes_lib.views import COLORS, MultiCrop
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,21 @@ def build(method: Method, run: Run) -> Learner:
     backbone = Backbone(run.backbone, run.image_size, **options)
     if method.views.n_local:
         backbone.check_size(run.local_size)
-    projector = Projector(backbone.dim, run.hidden, run.bottleneck, batch_norm=run.head_batch_norm)
-    prototypes = None
-    if method.n_prototypes:
-        prototypes = Prototypes(method.n_prototypes, run.bottleneck, method.free_norms)
-    return Learner(method, Network(backbone, projector, prototypes))
+    projector, prototypes = _head(method, run, backbone.dim)
+    patch_projector, patch_prototypes = None, None
+    if method.patch and method.patch.head != "shared":
+        patch_projector, patch_prototypes = _head(method, run, backbone.dim)
+        if method.patch.head == "prototypes":
+            patch_projector = None
+    return Learner(method, Network(backbone, projector, prototypes, patch_projector, patch_prototypes))
+
+
+def _head(method: Method, run: Run, dim: int) -> tuple[Projector, Prototypes | None]:
+    layers = {"layers": run.head_layers, "activation": run.head_activation, "batch_norm": run.head_batch_norm}
+    projector = Projector(dim, run.hidden, run.bottleneck, **layers)
+    if not method.n_prototypes:
+        return projector, None
+    return projector, Prototypes(method.n_prototypes, run.bottleneck, method.free_norms, plain=method.renormalize)
 
 
 def train(method: str | Method, run: Run, name: str | None = None, *, stop_after: int | None = None) -> Result:
@@ -85,7 +96,7 @@ def train(method: str | Method, run: Run, name: str | None = None, *, stop_after
 
     Raises:
         ValueError: settings or data that cannot work, before the first step.
-        FloatingPointError: the loss is not finite.
+        Diverged: the loss is not finite (a FloatingPointError).
     """
     if isinstance(method, str):
         if method not in METHODS:
@@ -102,10 +113,10 @@ def train(method: str | Method, run: Run, name: str | None = None, *, stop_after
         return read(folder)
     device = pick_device(run.device)
     learner = build(method, run).to(device)
-    optimizer = make_optimizer(learner, run)
+    optimizer = make_optimizer(learner.student, run)
     done = checkpoints.steps(folder)
     state = checkpoints.load(folder, done[-1], learner, optimizer) if done else {"step": 0}
-    trainer = _Trainer(learner, optimizer, run, images, device, state.get("precision"))
+    trainer = _Trainer(learner, optimizer, run, images, folder, device, state.get("precision"))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(what | {"environment": environment(device)}, indent=2))
     log = Log(folder, name, trainer.steps, run.batch_size, method.n_prototypes, run.progress)
@@ -158,24 +169,43 @@ def _train_job(job: tuple[str, Method, Run]) -> Result:
     return train(job[1], job[2], job[0])
 
 
+class Diverged(FloatingPointError):
+    """The loss became infinite or nan: seen after `step`; `folder` holds the metrics until then."""
+
+    def __init__(self, step: int, folder: Path):
+        super().__init__(f"the loss became infinite or nan by step {step}; lower the learning rate")
+        self.step, self.folder = step, folder
+
+
 class _Trainer:
     """The state of a run that a step needs, and the step itself."""
 
     def __init__(
-        self, learner: Learner, optimizer, run: Run, images: Images, device: torch.device, precision: str | None
+        self,
+        learner: Learner,
+        optimizer: torch.optim.Optimizer,
+        run: Run,
+        images: Images,
+        folder: Path,
+        device: torch.device,
+        precision: str | None,
     ):
         method = learner.method
-        self.learner, self.optimizer, self.run, self.device = learner, optimizer, run, device
+        self.learner, self.optimizer, self.run, self.folder, self.device = learner, optimizer, run, folder, device
         self.images = images
         self.steps_per_epoch = len(images) // run.batch_size
         self.steps = steps = max(1, round(run.epochs * self.steps_per_epoch))
         warmup = round(run.warmup_epochs * self.steps_per_epoch)
-        peak = run.lr * run.batch_size / 256
         if warmup >= steps and run.warmup_epochs:
             raise ValueError(f"warmup_epochs={run.warmup_epochs} leave nothing of epochs={run.epochs}")
-        self.lr = schedules.cosine(peak, run.min_lr, steps, warmup_steps=warmup)
-        self.weight_decay = schedules.cosine(run.weight_decay, run.weight_decay_end, steps)
-        self.momentum = schedules.cosine(method.ema or 0.0, method.ema_end, steps)
+        stretch = run.schedule_stretch
+        self.lr = schedules.cosine(
+            run.peak_lr, run.min_lr, steps, warmup_steps=warmup, warmup_from=run.warmup_lr, stretch=stretch
+        )
+        self.weight_decay = schedules.cosine(run.weight_decay, run.weight_decay_end, steps, stretch=stretch)
+        rise = schedules.linear if run.momentum_schedule == "linear" else schedules.cosine
+        self.momentum = rise(method.ema or 0.0, method.ema_end, steps, stretch=stretch)
+        self.freeze_steps = run.freeze_last_layer * self.steps_per_epoch
         heat = method.teacher_temp
         self.temperature = schedules.linear_warmup(
             heat.start, heat.end, steps, round(heat.epochs * self.steps_per_epoch)
@@ -184,7 +214,7 @@ class _Trainer:
             n_global=method.views.n_global, n_local=method.views.n_local,
             global_size=run.image_size, local_size=run.local_size,
             global_scale=method.views.global_scale, local_scale=method.views.local_scale,
-            blur_sigma=_blur(run.image_size),
+            blur_sigma=_blur(run.image_size), **COLORS[method.views.colors],
         )  # fmt: skip
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         fits = not isinstance(images.pixels, np.memmap) and images.pixels.nbytes < 0.4 * free
@@ -196,17 +226,20 @@ class _Trainer:
         """One optimizer step; metrics where this step is monitored."""
         run, learner = self.run, self.learner
         views, masks = self.batch(step)
+        frozen = run.freeze_by if step < self.freeze_steps else "not"
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr[step] * group["lr_factor"]
+            still = frozen == "lr" and group["prototypes"]
+            group["lr"] = 0.0 if still else self.lr[step] * group["lr_factor"]
             group["weight_decay"] = self.weight_decay[step] * group["decays"]
         out = self.forward(views, masks, step)
         self.finite = self.finite & torch.isfinite(out.loss.detach())  # read later: a look now would stall a GPU
         self.optimizer.zero_grad()
         out.loss.backward()
-        self._clip()
-        if step < run.freeze_last_layer * self.steps_per_epoch and learner.student.prototypes is not None:
-            for parameter in learner.student.prototypes.parameters():
-                parameter.grad = None  # after clipping, as the official code; AdamW then leaves it alone
+        clip_gradients(learner.student, run)
+        if frozen == "gradient":
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"] if group["prototypes"] else ():
+                    parameter.grad = None  # after clipping, as the official code; the optimizer leaves it alone
         self.optimizer.step()
         learner.update_teacher(float(self.momentum[step]))
         if (step + 1) % run.monitor_steps and step + 1 != self.steps:
@@ -219,13 +252,13 @@ class _Trainer:
         return metrics | {"lr": float(self.lr[step]), "teacher_temp": float(self.temperature[step])}
 
     def check_finite(self, step: int) -> None:
-        """Raise FloatingPointError if any loss since the last look was not finite; called before anything is saved."""
+        """Raise Diverged if any loss since the last look was not finite; called before anything is saved."""
         if not bool(self.finite):
-            raise FloatingPointError(f"the loss became infinite or nan by step {step + 1}; lower the learning rate")
+            raise Diverged(step + 1, self.folder)
 
     def batch(self, step: int) -> tuple[list[Tensor], Tensor | None]:
         """Views and masks of a step, a function of (seed, step) alone."""
-        run, method = self.run, self.learner.method
+        run = self.run
         epoch, place = divmod(step, self.steps_per_epoch)
         order = torch.randperm(len(self.images), generator=_generator(run.seed, "order", epoch))
         rows = order[place * run.batch_size : (place + 1) * run.batch_size]
@@ -236,25 +269,25 @@ class _Trainer:
         generator = _generator(run.seed, "views", step)
         views = self.crop.views(pixels, generator)
         torch.manual_seed(_number(run.seed, "network", step))  # stochastic depth
-        if method.patch is None:
-            return views, None
-        masks = block_masks(
-            method.views.n_global * len(rows), self.learner.student.backbone.grid(run.image_size), method.patch.ratio,
-            generator=generator, masked=method.patch.probability, shape=method.patch.shape, device=self.device,
+        return views, self._masks(len(rows), generator)
+
+    def _masks(self, n: int, generator: torch.Generator) -> Tensor | None:
+        """What the student does not see of n images: masks of every global crop, or patches dropped from all."""
+        method, patch = self.learner.method, self.learner.method.patch
+        grid = self.learner.student.backbone.grid(self.run.image_size)
+        if method.mask_student:
+            return dropped(grid, method.mask_student, generator=generator).to(self.device)
+        if patch is None:
+            return None
+        return block_masks(
+            method.views.n_global * n, grid, patch.ratio, generator=generator, masked=patch.probability,
+            shape=patch.shape, stratified=patch.stratified, min_area=patch.min_area, device=self.device,
         )  # fmt: skip
-        return views, masks
 
     def forward(self, views: list[Tensor], masks: Tensor | None, step: int, precision: str | None = None):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=(precision or self.precision) == "bf16"):
-            return self.learner(views, masks, float(self.temperature[step]))
-
-    def _clip(self) -> None:
-        if not self.run.clip_grad:
-            return
-        gradients = [p.grad for p in self.learner.student.parameters() if p.grad is not None]
-        norms = torch._foreach_norm(gradients)
-        scale = [(self.run.clip_grad / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-        torch._foreach_mul_(gradients, scale)
+            temperature, epoch = float(self.temperature[step]), step / self.steps_per_epoch
+            return self.learner(views, masks, temperature, progress=step / self.steps, epoch=epoch)
 
     def _rehearse(self) -> str:
         """A step on the first batch that leaves no trace: what cannot work fails now; "auto" times both precisions."""
@@ -277,21 +310,6 @@ class _Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
-
-
-def make_optimizer(learner: Learner, run: Run) -> torch.optim.AdamW:
-    """AdamW with DINO's groups: no decay on biases and one-dimensional parameters, all else (tokens, positions,
-    prototype lengths too) decays; prototypes in groups of their own for their learning rate."""
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in learner.student.named_parameters():
-        if parameter.requires_grad:
-            decays = 0.0 if name.endswith(".bias") or parameter.ndim == 1 else 1.0
-            factor = run.prototype_lr_factor if name.startswith("prototypes.") else 1.0
-            groups.setdefault((factor, decays), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": p, "lr_factor": factor, "decays": decays} for (factor, decays), p in groups.items()],
-        lr=0.0, weight_decay=0.0, fused=True,
-    )  # fmt: skip
 
 
 def pick_device(name: str) -> torch.device:

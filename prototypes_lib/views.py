@@ -31,6 +31,13 @@ class Crops:
 GLOBAL_1 = Photometric(blur=1.0)
 GLOBAL_2 = Photometric(blur=0.1, solarize=0.2)
 LOCAL = Photometric(blur=0.5)
+MSN = Photometric(saturation=0.4, blur=0.5)
+SWAV = Photometric(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5)
+# a method's `Views.colors`, as the arguments first, second, local of MultiCrop
+COLORS = {
+    name: dict(zip(("first", "second", "local"), looks, strict=True))
+    for name, looks in {"dino": (GLOBAL_1, GLOBAL_2, LOCAL), "msn": (MSN,) * 3, "swav": (SWAV,) * 3}.items()
+}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,9 @@
 """Shapes are types: under pytest every annotated function of the library is checked by beartype."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
 install_import_hook("prototypes_lib", "typecheck.tower")
@@ -13,3 +17,6 @@ hypothesis.settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=50, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.load_profile("ci")
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # tests share comparisons with the commands there
+collect_ignore = [] if importlib.util.find_spec("lightly") else ["test_parity.py"]  # a peer, optional

@@ -369,3 +369,36 @@ def test_a_prototype_out_of_reach_of_all_samples_does_no_harm():
     for _ in range(3):
         centered = center(scores)
     assert torch.isfinite(center.center).all() and torch.isfinite(centered[:, rest]).all()
+
+
+def test_the_literal_center_leaves_log_c_out_of_the_average_and_keeps_it_in_the_targets():
+    """vMF, Eq. 9 as printed: c averages log mean softmax(<w, y> / tau); log C stays in the targets."""
+    scored, k = problem(kind=scores.vmf, length=3.0, spread=1.0), 8
+    log_c = torch.linspace(-4, 2, k, dtype=scored.dtype)
+    plain = scored - log_c
+    link, meant = ProbabilityCenter(k, literal=True), ProbabilityCenter(k)
+    first = link(scored, TAU, log_c)
+    assert torch.equal(first, meant(scored, TAU)), "the first center is zero"
+    expected = 0.1 * torch.log(torch.softmax(plain, -1).mean(0))
+    assert torch.allclose(link.center, expected, atol=1e-12)
+    assert float((link.center - meant.center).abs().max()) > 0.05
+    assert torch.allclose(link(scored[:3], TAU, log_c), scored[:3] - expected, atol=1e-12)
+
+
+def test_a_chain_tells_the_literal_link_alone_what_the_normalizer_is():
+    scored, log_c = problem(), torch.linspace(-4, 2, 8, dtype=problem().dtype)
+    literal, meant = (Chain((partial(ProbabilityCenter, literal=flag),), 8) for flag in (True, False))
+    for chain in (literal, meant):
+        chain(scored, TAU, log_c)
+    assert not torch.equal(literal.links[0].center, meant.links[0].center)
+    alone = ProbabilityCenter(8)
+    alone(scored, TAU)
+    assert torch.equal(meant.links[0].center, alone.center)
+    same = Chain((partial(ProbabilityCenter, literal=True),), 8)
+    same(scored, TAU, torch.zeros_like(log_c))
+    assert torch.allclose(same.links[0].center, alone.center, atol=1e-12), "without log C both are one"
+
+
+def test_the_literal_center_without_a_normalizer_is_refused():
+    with pytest.raises(ValueError, match="log_normalizer"):
+        ProbabilityCenter(8, literal=True)(problem(), TAU)

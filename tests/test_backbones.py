@@ -1,9 +1,22 @@
+import copy
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
-from prototypes_lib.backbones import Backbone
+from prototypes_lib.backbones import Backbone, ConvolutionalBackbone, TransformerBackbone
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("vit_pico_patch8", TransformerBackbone), ("resnet_pico", ConvolutionalBackbone)]
+)
+def test_the_name_picks_the_class_also_for_a_copy(name, kind):
+    backbone = Backbone(name, 32).eval()
+    assert type(backbone) is kind and isinstance(backbone, Backbone)
+    twin = copy.deepcopy(backbone)
+    x = torch.randn(2, 3, 32, 32)
+    assert type(twin) is kind and torch.equal(twin(x)[0], backbone(x)[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 4}, {"init_values": 1e-5}, {"class_token": True, "depth": 3}])
@@ -58,7 +71,10 @@ def test_official_positions_are_dinos_interpolation():
     ("make", "says"),
     [
         (lambda: Backbone("vit_pico_patch8", 30), "multiple"),
-        (lambda: Backbone("resnet50", 224), "vit_"),
+        (lambda: Backbone("resnetv2_50", 224), "vit_"),
+        (lambda: Backbone("resnet_pico", 32, reg_tokens=4), "reg_tokens"),
+        (lambda: Backbone("resnet50", 16), "16 px"),
+        (lambda: Backbone("resnet_pico", 32, interpolation="bilinear"), "interpolation"),
         (lambda: Backbone("vit_nothing", 224), "vit_nothing"),
         (lambda: Backbone("vit_pico_patch8", 32, interpolation="bilinear"), "interpolation"),
     ],
@@ -81,3 +97,121 @@ def test_the_residual_stream_stays_float32_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         backbone(torch.randn(1, 3, 64, 64))
     assert seen == [torch.float32]
+
+
+def test_keeping_all_patches_is_no_keep():
+    backbone = Backbone("vit_tiny_patch16_224", 64, embed_dim=32, depth=2, num_heads=2, reg_tokens=2).eval()
+    x, mask = torch.randn(2, 3, 64, 64), torch.rand(2, 4, 4) < 0.5
+    with torch.no_grad():
+        for m in (None, mask):
+            for one, other in zip(backbone(x, m), backbone(x, m, torch.arange(16)), strict=True):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_dropping_equals_assembling_the_tokens_by_hand(registers):
+    torch.manual_seed(0)
+    backbone = Backbone("vit_tiny_patch16_224", 64, embed_dim=32, depth=2, num_heads=2, reg_tokens=registers).eval()
+    vit, keep = backbone.vit, torch.tensor([9, 2, 14, 5, 0])
+    x, mask = torch.randn(2, 3, 64, 64), torch.rand(2, 4, 4) < 0.5
+    torch.nn.init.normal_(backbone.mask_token)
+    rows = []
+    with torch.no_grad():
+        cls, patches = backbone(x, mask, keep)
+        for image, hidden in zip(x, mask, strict=True):
+            tokens = [vit.cls_token[0, 0] + vit.pos_embed[0, 0]]
+            tokens += [vit.reg_token[0, r] + vit.pos_embed[0, 1 + r] for r in range(registers)]
+            for index in keep.tolist():
+                row, column = divmod(index, 4)
+                pixels = image[:, 16 * row : 16 * (row + 1), 16 * column : 16 * (column + 1)]
+                embedded = vit.patch_embed.proj.weight.flatten(1) @ pixels.flatten() + vit.patch_embed.proj.bias
+                token = backbone.mask_token[0] if hidden[row, column] else embedded
+                tokens.append(token + vit.pos_embed[0, 1 + registers + index])
+            rows.append(torch.stack(tokens))
+        expected = vit.norm(vit.blocks(torch.stack(rows)))
+    assert patches.shape == (2, 5, 32)
+    assert torch.allclose(cls, expected[:, 0], atol=1e-5)
+    assert torch.allclose(patches, expected[:, 1 + registers :], atol=1e-5)
+
+
+def test_pixels_of_dropped_patches_do_not_matter():
+    torch.manual_seed(0)
+    backbone = Backbone("vit_tiny_patch16_224", 64, embed_dim=32, depth=2, num_heads=2).eval()
+    x = torch.randn(2, 3, 64, 64)
+    changed = x.clone()
+    changed[:, :, :16, 16:32] += 10.0  # patch 1
+    keep = torch.tensor([0, 2, 3, 8])
+    with torch.no_grad():
+        assert not torch.allclose(backbone(x)[0], backbone(changed)[0], atol=1e-3)
+        for one, other in zip(backbone(x, keep=keep), backbone(changed, keep=keep), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_resnet50_is_timms_with_the_last_map_as_patches():
+    torch.manual_seed(0)
+    backbone = Backbone("resnet50", 32).eval().double()  # to tell rounding from a difference
+    theirs = timm.create_model("resnet50", num_classes=0).eval().double()
+    theirs.load_state_dict(backbone.cnn.state_dict())
+    x = torch.randn(2, 3, 33, 64, dtype=torch.float64)
+    with torch.no_grad():
+        features, patches = backbone(x)
+        assert features.shape == (2, 2048) and backbone.dim == 2048
+        assert torch.allclose(features, theirs(x), atol=1e-10, rtol=1e-10)
+        assert torch.allclose(patches, theirs.forward_features(x).flatten(2).mT, atol=1e-10, rtol=1e-10)
+    assert patches.shape[1] == backbone.grid(33)[0] * backbone.grid(64)[1] == 4
+    assert torch.allclose(patches.mean(1), features, atol=1e-10)
+
+
+def test_residual_branches_of_a_resnet_start_alive_as_torchvisions():
+    x = torch.randn(4, 3, 32, 32)
+    for name, size in (("resnet_pico", 32), ("resnet18", 32)):
+        backbone = Backbone(name, size)
+        backbone(x)[0].square().sum().backward()
+        assert all(float(p.grad.abs().max()) > 0 for p in backbone.parameters())
+
+
+def test_the_small_resnet_takes_the_crops_of_small_images():
+    backbone = Backbone("resnet_pico", 32, drop_path_rate=0.1)
+    for size in (16, 24, 32):
+        features, patches = backbone(torch.randn(2, 3, size, size))
+        rows, columns = backbone.grid(size)
+        assert features.shape == (2, backbone.dim) and patches.shape == (2, rows * columns, backbone.dim)
+    assert any(getattr(module, "drop_prob", 0.0) for module in backbone.modules())
+
+
+@pytest.mark.parametrize("hiding", [{"mask": torch.zeros(2, 2, 2, dtype=torch.bool)}, {"keep": torch.arange(2)}])
+def test_a_resnet_refuses_masks_and_drops_in_one_line(hiding):
+    backbone = Backbone("resnet_pico", 32)
+    assert backbone.mask_token is None
+    with pytest.raises(ValueError, match="convolutional backbones cannot drop or mask patches") as caught:
+        backbone(torch.randn(2, 3, 32, 32), **hiding)
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_of_a_transformer_count_from_the_patches_to_the_norm():
+    backbone = Backbone("vit_tiny_patch16_224", 64, embed_dim=32, depth=3, num_heads=2, reg_tokens=2)
+    assert backbone.n_layers == 3
+    layers = {name: backbone.layer_of(name) for name, _ in backbone.named_parameters()}
+    first = {"mask_token", "vit.cls_token", "vit.pos_embed", "vit.reg_token"}
+    first |= {"vit.patch_embed.proj.weight", "vit.patch_embed.proj.bias"}
+    assert {name for name, layer in layers.items() if layer == 0} == first
+    for i in range(3):
+        assert {n for n, layer in layers.items() if layer == i + 1} == {n for n in layers if f".blocks.{i}." in n}
+    assert {name for name, layer in layers.items() if layer == 4} == {"vit.norm.weight", "vit.norm.bias"}
+
+
+@pytest.mark.parametrize("name", ["resnet_pico", "resnet50d"])
+def test_layers_of_a_resnet_are_its_stem_and_its_stages(name):
+    backbone = Backbone(name, 32)
+    assert backbone.n_layers == 4
+    layers = {parameter: backbone.layer_of(parameter) for parameter, _ in backbone.named_parameters()}
+    assert {p.split(".")[1] for p, layer in layers.items() if layer == 0} == {"conv1", "bn1"}
+    for i in range(1, 5):
+        assert {p.split(".")[1] for p, layer in layers.items() if layer == i} == {f"layer{i}"}
+
+
+def test_features_of_a_resnet_are_float32_under_autocast():
+    backbone = Backbone("resnet_pico", 32).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features, patches = backbone(torch.randn(2, 3, 32, 32))
+    assert features.dtype == patches.dtype == torch.float32

@@ -105,3 +105,17 @@ def test_shared_prototypes_are_exported(tmp_path):
     run = train(method, settings, "shared")
     out = checkpoints.export(run.folder, tmp_path / "export")
     assert torch.equal(checkpoints.load_prototypes(out), checkpoints.load_prototypes(run.folder, "student"))
+
+
+def test_batchnorms_statistics_survive_a_run_and_its_export(tmp_path):
+    settings = Run.small(
+        backbone="resnet_pico", limit=32, batch_size=16, epochs=2.0, warmup_epochs=0.0, hidden=16, bottleneck=8,
+        out=str(tmp_path), progress=False,
+    )  # fmt: skip
+    run = train(METHODS["dino"].but(n_prototypes=16, views=Views(2, 0)), settings, "resnet")
+    out = checkpoints.export(run.folder, tmp_path / "export")
+    loaded, again = (checkpoints.load_backbone(p) for p in (run.folder, out))
+    assert load_file(out / "backbone.safetensors").keys() == loaded.cnn.state_dict().keys()
+    for one, other in zip(loaded.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert int(loaded.cnn.bn1.num_batches_tracked) > 0 and float(loaded.cnn.bn1.running_mean.abs().max()) > 0

@@ -84,3 +84,51 @@ def test_responsibilities_of_the_mixture_are_the_softmax_of_the_vmf_score():
     kappa, mu = w.norm(dim=-1) / tau, F.normalize(w, dim=-1)
     log_joint = torch.stack([vmf.log_density(y, m, k) for m, k in zip(mu, kappa, strict=True)], dim=-1)
     assert torch.allclose(torch.softmax(log_joint, -1), torch.softmax(scores.vmf(y, w, tau), -1), atol=1e-10)
+
+
+def test_pmsn_with_exponent_zero_is_msn_up_to_a_constant_also_in_its_gradient():
+    logits = 3 * torch.randn(30, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits.requires_grad_()
+    terms = (
+        lambda p: regularizers.power_law_matching(p, exponent=0.0),
+        lambda p: math.log(50) - regularizers.mean_entropy(p),
+    )
+    values = [term(torch.softmax(logits, -1)) for term in terms]
+    slopes = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in values]
+    assert abs(float(values[0].detach() - values[1].detach())) < 1e-12
+    assert float(slopes[1].abs().max()) > 1e-4 and torch.allclose(slopes[0], slopes[1], atol=1e-14)
+
+
+def test_msns_targets_are_sharpened_probabilities_balanced_from_the_softmax():
+    """p^(1/0.25) at temperature 0.1, then Sinkhorn in the released code's order, is (Normalize, Sinkhorn) at 0.025."""
+    y, w = _codes(free=False)
+    p = torch.softmax(y @ w.T / 0.1, -1) ** 4
+    q = (p / p.sum(-1, keepdim=True)).T
+    q = q / q.sum()
+    for _ in range(3):
+        q = q / q.sum(1, keepdim=True) / len(q)
+        q = q / q.sum(0, keepdim=True) / q.shape[1]
+    targets = Chain((Normalize, Sinkhorn), 17)(scores.cosine(y, w, 0.025), 0.025).exp()
+    assert torch.allclose(targets, (q * q.shape[1]).T, atol=1e-12)
+
+
+def test_simdinos_expansion_in_groups_is_the_mean_of_processes_that_do_not_reduce():
+    """Value and gradient: each process has its own rows, all divide by the batch of all (the released code)."""
+    z = F.normalize(torch.randn(32, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=-1)
+    z.requires_grad_()
+    eye, gamma = torch.eye(12, dtype=z.dtype), (12 + 32) / (12 * 32)
+    for g in (1, 2, 8):
+        processes = [0.5 * torch.logdet(eye + 12 / (32 * 0.05) * own.T @ own) for own in z.split(32 // g)]
+        alone = gamma * sum(processes) / g
+        together = regularizers.expansion(z, 0.05**0.5, groups=g)
+        assert abs(float(alone.detach() - together.detach())) < 1e-12
+        slopes = [torch.autograd.grad(value, z)[0] for value in (alone, together)]
+        assert torch.allclose(*slopes, atol=1e-12)
+
+
+def test_shifting_all_scores_of_a_sample_changes_no_target_that_starts_from_the_softmax():
+    y, w = _codes()
+    scored = scores.vmf(y, w, 0.07)
+    shift = torch.linspace(-5, 5, len(y), dtype=torch.float64)[:, None]
+    chains = [Chain((Normalize, Sinkhorn), 17) for _ in range(2)]
+    assert torch.allclose(chains[0](scored, 0.07), chains[1](scored + shift, 0.07), atol=1e-10)

@@ -2,6 +2,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from prototypes_lib import figures
+from prototypes_lib.methods import METHODS
 
 
 def test_colors_of_methods_differ_and_so_do_their_markers():
@@ -24,3 +25,10 @@ def test_a_shown_figure_is_closed_and_carries_its_alt_text(monkeypatch):
     figures.show(fig, alt=alt)
     assert seen["image/png"] == {"alt": alt} and seen["text/plain"] == alt
     assert not plt.fignum_exists(fig.number)
+
+
+def test_every_method_has_a_look_of_its_own():
+    looks = [tuple(figures.look(name).values()) for name in (*METHODS, "untrained")]
+    assert len(set(looks)) == len(looks)
+    with pytest.raises(ValueError, match="no color"):
+        figures.look("byol")

@@ -40,3 +40,39 @@ def test_unit_prototypes_do_not_train_their_length():
 def test_an_impossible_projector_is_refused():
     with pytest.raises(ValueError, match="does not exist"):
         Projector(4, 8, 1)
+
+
+def test_plain_prototypes_are_their_vectors_and_renormalize_makes_them_unit():
+    p = Prototypes(6, 4, free_norms=True, plain=True)
+    assert p.w is p.weight_v and not p.weight_g.requires_grad
+    assert torch.allclose(p.w.norm(dim=-1), torch.ones(6), atol=1e-6), "unit from the start"
+    with torch.no_grad():
+        p.weight_v.mul_(torch.arange(1.0, 7)[:, None])
+    before = p.weight_v.detach().clone()
+    p.renormalize()
+    assert torch.allclose(p.w, before / torch.arange(1.0, 7)[:, None], atol=1e-6)
+
+
+def test_plain_prototypes_keep_the_part_of_the_gradient_along_them():
+    y = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    along = {}
+    for plain in (True, False):
+        p = Prototypes(6, 4, free_norms=False, plain=plain)
+        (F.linear(y, p.w) ** 2).sum().backward()
+        w, g = p.weight_v.detach(), p.weight_v.grad
+        along[plain] = float((w * g).sum(-1).abs().max() / g.abs().max())
+    assert along[True] > 1e-2 and along[False] < 1e-5
+
+
+def test_renormalizing_leaves_weight_normalized_prototypes_alone():
+    p = Prototypes(6, 4, free_norms=True)
+    with torch.no_grad():
+        p.weight_v.mul_(3.0)
+    before = p.weight_v.detach().clone()
+    p.renormalize()
+    assert torch.equal(p.weight_v, before)
+
+
+def test_a_projector_of_two_layers_with_relu_is_swavs():
+    names = [type(m).__name__ for m in Projector(12, 32, 8, layers=2, batch_norm=True, activation="relu").mlp]
+    assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear"]

@@ -1,25 +1,41 @@
-"""One step of every recipe: finite loss, gradients where they belong, and the terms the papers write down."""
+"""One step of every recipe: finite loss, gradients where they belong, who sees what, and what is remembered.
+
+That the loss is the papers' is the business of test_faithful.py.
+"""
 
 import copy
 import dataclasses
+import math
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from prototypes_lib import regularizers, scores
+from prototypes_lib.assignment import Sinkhorn
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.heads import Projector, Prototypes
 from prototypes_lib.learner import Learner, Network
-from prototypes_lib.methods import METHODS, Method, Patch, Views
+from prototypes_lib.methods import METHODS, Cosine, Method, Patch, Queue, Views
 
 
-def make(method: Method, seed: int = 0, dtype=torch.float32, **head) -> Learner:
+def make(method: Method, seed: int = 0, **head) -> Learner:
     torch.manual_seed(seed)
-    backbone = Backbone("vit_pico_patch8", 32)
-    prototypes = Prototypes(method.n_prototypes, 8, method.free_norms) if method.n_prototypes else None
-    learner = Learner(method, Network(backbone, Projector(backbone.dim, 32, 8, **head), prototypes)).to(dtype)
+    backbone, share = Backbone("vit_pico_patch8", 32), method.patch.head if method.patch else "shared"
+
+    def prototypes():
+        k = method.n_prototypes
+        return Prototypes(k, 8, method.free_norms, plain=method.renormalize) if k else None
+
+    def projector():
+        return Projector(backbone.dim, 32, 8, **head)
+
+    network = Network(
+        backbone, projector(), prototypes(),
+        projector() if share == "own" else None, prototypes() if share != "shared" else None,
+    )  # fmt: skip
+    learner = Learner(method, network)
     with torch.no_grad():  # a teacher apart from its student, and mask tokens that matter
         for p in learner.student.parameters():
             if p.requires_grad:
@@ -29,132 +45,36 @@ def make(method: Method, seed: int = 0, dtype=torch.float32, **head) -> Learner:
 
 def small(name: str, **changes) -> Method:
     method = METHODS[name]
-    return method.but(n_prototypes=24 if method.n_prototypes else 0, views=Views(2, 3), **changes)
+    views = dataclasses.replace(method.views, n_global=2, n_local=3)
+    return method.but(**({"n_prototypes": 24 if method.n_prototypes else 0, "views": views} | changes))
 
 
-def batch(n=6, dtype=torch.float32, seed=1):
+def batch(method: Method, n: int = 6, seed: int = 1):
+    """Views, and masks of the shape the method asks for."""
     g = torch.Generator().manual_seed(seed)
-    views = [torch.randn(n, 3, s, s, generator=g, dtype=dtype) for s in (32, 32, 16, 16, 16)]
-    masks = torch.rand(2 * n, 4, 4, generator=g) < 0.4
+    sizes = [32] * method.views.n_global + [16] * method.views.n_local
+    views = [torch.randn(n, 3, s, s, generator=g) for s in sizes]
+    if method.mask_student:
+        return views, torch.rand(4, 4, generator=g) < 0.4
+    if method.patch is None:
+        return views, None
+    masks = torch.rand(method.views.n_global * n, 4, 4, generator=g) < 0.4
     masks[1] = False  # an image without any masked patch
     return views, masks
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_is_finite_and_every_trainable_parameter_learns(name):
-    learner = make(small(name))
-    step = learner(*batch(), 0.04)
+    method = small(name)
+    learner = make(method)
+    step = learner(*batch(method), 0.04)
     step.loss.backward()
     assert torch.isfinite(step.loss)
     for where, p in learner.student.named_parameters():
         if p.requires_grad:
             assert p.grad is not None and torch.isfinite(p.grad).all() and float(p.grad.abs().max()) > 0, where
-    assert all(p.grad is None and not p.requires_grad for p in learner.teacher.parameters())
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_loss_equals_a_rederivation_from_the_papers(name):
-    """In float64, pair by pair and patch by patch, with nothing of the library but the networks."""
-    method = small(name)
-    learner = make(method, dtype=torch.float64)
-    views, masks = batch(dtype=torch.float64)
-    tau_t, tau_s = 0.05, 0.1
-    center = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    for chain in (learner.chain, learner.patch_chain):
-        if chain is not None and method.n_prototypes:
-            chain.links[0].center.copy_(center)
-    reference = copy.deepcopy(learner)
-    step = learner(views, masks, tau_t)
-    step.loss.backward()
-    loss = _reference(reference, method, views, masks, tau_t, tau_s, center)
-    loss.backward()
-    assert abs(float(step.loss.detach() - loss.detach())) < 1e-10
-    for (where, p), q in zip(learner.student.named_parameters(), reference.student.parameters(), strict=True):
-        if p.requires_grad:
-            assert torch.allclose(p.grad, q.grad, atol=1e-9, rtol=1e-7), where
-
-
-def _reference(learner, method, views, masks, tau_t, tau_s, center):
-    student, teacher = learner.student, learner.teacher
-    n, use_mask = len(views[0]), method.patch is not None
-    s_out = [
-        student.backbone(v, masks[i * n : (i + 1) * n] if use_mask and i < 2 else None) for i, v in enumerate(views)
-    ]
-    t_out = [teacher.backbone(v) for v in views[:2]]
-    code = lambda net, x: F.normalize(net.projector.mlp(x), dim=-1)
-    ys, yt = [code(student, f) for f, _ in s_out], [code(teacher, f) for f, _ in t_out]
-    loss, pairs = 0.0, 0
-    logits = lambda net, y, tau: _logits(method, net, y, tau)
-    target = lambda y: torch.softmax(_minus_center(method, logits(teacher, y, tau_t), center, tau_t), -1)
-    for q in range(2):
-        for v in range(len(views)):
-            if v == q:
-                continue
-            pairs += 1
-            if method.n_prototypes:
-                log_p = torch.log_softmax(logits(student, ys[v], tau_s), -1)
-                loss = loss - (target(yt[q]).detach() * log_p).sum(-1).mean()
-            else:
-                loss = loss + (1 - (ys[v] * yt[q].detach()).sum(-1)).mean()
-    loss = loss / pairs
-    if use_mask:
-        patch = 0.0
-        for g in range(2):
-            for i in range(n):
-                hidden = masks[g * n + i].flatten()
-                if hidden.any():
-                    p = torch.log_softmax(logits(student, code(student, s_out[g][1][i][hidden]), tau_s), -1)
-                    t = target(code(teacher, t_out[g][1][i][hidden])).detach()
-                    patch = patch - (t * p).sum(-1).mean() / n / 2
-        loss = loss + method.patch.weight * patch
-    if name_has(method, "features"):
-        for f, _ in s_out[:2]:
-            loss = loss + 0.1 * _naive_koleo(f)
-    if name_has(method, "prototypes"):
-        loss = loss + 0.1 * _naive_koleo(student.prototypes.weight_v)
-    if name_has(method, "averaged codes"):
-        for g in range(2):
-            z = 0.5 * (ys[g] + yt[g].detach())
-            gram = z.T @ z
-            scalar = z.shape[1] / (n * 0.05)  # the official eps is the paper's squared
-            gamma = (z.shape[1] + n) / (z.shape[1] * n)
-            loss = loss - gamma * 0.5 * torch.logdet(torch.eye(z.shape[1], dtype=z.dtype) + scalar * gram) / 2
-    return loss
-
-
-def name_has(method, place):
-    return any(on == place for _, _, on in method.regularizers)
-
-
-def _logits(method, net, y, tau):
-    w = net.prototypes.weight_g * F.normalize(net.prototypes.weight_v, dim=-1)
-    z = y @ w.T / tau
-    if method.score is scores.vmf:
-        nu, kappa = 3.0, w.norm(dim=-1) / tau  # dim 8; order 3 by numerical integration of the vMF density
-        z = z + _log_c(kappa, nu)
-    return z
-
-
-_NODES = [torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(400)]
-
-
-def _log_c(kappa, nu):
-    """log C_8 up to a constant, from I_3 by its integral (DLMF 10.32.2), differentiable."""
-    x, weight = _NODES
-    theta = (x + 1) * torch.pi / 2
-    grow = kappa[:, None] * (torch.cos(theta) - 1)
-    integral = (torch.exp(grow) * torch.sin(theta) ** (2 * nu) * weight).sum(-1)
-    return -torch.log(integral) - kappa
-
-
-def _minus_center(method, z, center, tau):
-    return z - (center / tau if method.targets[0].__name__ == "Center" else center)
-
-
-def _naive_koleo(x):
-    x = F.normalize(x, dim=-1)
-    distance = torch.cdist(x, x) + 10 * torch.eye(len(x), dtype=x.dtype)
-    return -torch.log((x - x[distance.argmin(-1)]).norm(dim=-1) + 1e-8).mean()
+    own = {id(p) for p in learner.student.parameters()}  # shared prototypes, or the student itself
+    assert all(p.grad is None and not p.requires_grad for p in learner.teacher.parameters() if id(p) not in own)
 
 
 def test_the_teacher_follows_by_ema_and_keeps_its_buffers():
@@ -168,9 +88,10 @@ def test_the_teacher_follows_by_ema_and_keeps_its_buffers():
 
 
 def test_without_ema_the_student_is_its_own_teacher():
-    learner = make(small("simdino", ema=None))
+    method = small("simdino", ema=None)
+    learner = make(method)
     assert learner.teacher is learner.student
-    step = learner(*batch(), 0.04)
+    step = learner(*batch(method), 0.04)
     step.loss.backward()
     assert torch.isfinite(step.loss)
 
@@ -186,7 +107,7 @@ def test_the_teacher_has_no_stochastic_depth():
 def test_masked_places_alone_carry_the_patch_term():
     method = small("ibot", patch=Patch(weight=1.0))
     learner = make(method)
-    views, masks = batch()
+    views, masks = batch(method)
     full = learner(views, masks, 0.04).parts["patch"]
     none = learner(views, torch.zeros_like(masks), 0.04).parts["patch"]
     assert float(none) == 0.0 and float(full) > 0
@@ -200,16 +121,34 @@ def test_a_new_method_is_a_recipe_and_nothing_else():
         .plus(-1.0, regularizers.mean_entropy, on="probabilities")
     )
     learner = make(toy)
-    views, _ = batch()
-    step = learner(views[:2], None, 0.05)
+    step = learner(*batch(toy), 0.05)
     step.loss.backward()
     assert torch.isfinite(step.loss) and "mean_entropy on probabilities" in step.parts
     assert dataclasses.replace(toy) == toy
 
 
+def test_another_new_method_on_patches_with_coefficients_over_the_run_is_a_recipe_too():
+    """A toy nobody wrote either: three whole target crops balanced alone, a patch prior that fades in."""
+    law = partial(regularizers.power_law_matching, exponent=Cosine(2.0, 0.0))
+    toy = METHODS["ibot-vmf"].but(
+        n_prototypes=24, views=Views(3, 1), targets=(Sinkhorn,), joint_targets=False, ema=None,
+        patch=Patch(head="prototypes", weight=Cosine(0.0, 2.0)), image_weight=Cosine(1.0, 0.5),
+    ).plus(Cosine(0.0, 1.0), law, on="patch probabilities")  # fmt: skip
+    learner = make(toy)
+    views, masks = batch(toy)
+    for progress, image, patch, prior in ((0.0, 1.0, 0.0, 0.0), (0.5, 0.75, 1.0, 0.5), (1.0, 0.5, 2.0, 1.0)):
+        step = learner(views, masks, 0.05, progress=progress)
+        expected = image * step.parts["image"] + patch * step.parts["patch"]
+        expected = expected + prior * step.parts["power_law_matching on patch probabilities"]
+        assert float(step.loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    step.loss.backward()
+    assert float(learner.student.patch_prototypes.weight_g.grad.abs().max()) > 0
+
+
 def test_targets_use_the_center_of_the_steps_before():
-    learner = make(small("dino"))
-    views, _ = batch()
+    method = small("dino")
+    learner = make(method)
+    views, _ = batch(method)
     first = learner(views, None, 0.04)
     second = learner(views, None, 0.04)
     assert first.loss.item() != second.loss.item()
@@ -219,8 +158,169 @@ def test_targets_use_the_center_of_the_steps_before():
 
 
 def test_batch_norm_in_the_projector_takes_one_masked_patch():
-    learner = make(small("ibot"), batch_norm=True)
-    views, masks = batch()
+    method = small("ibot")
+    learner = make(method, batch_norm=True)
+    views, masks = batch(method)
     masks = torch.zeros_like(masks)
     masks[0, 0, 0] = True
     assert torch.isfinite(learner(views, masks, 0.04).loss)
+
+
+def test_without_a_teacher_the_network_runs_once_on_each_crop():
+    method = small("swav")
+    learner = make(method, batch_norm=True)
+    learner(*batch(method), 0.05)
+    (first, _) = [m for m in learner.student.projector.mlp if isinstance(m, nn.BatchNorm1d)]
+    assert int(first.num_batches_tracked) == 1
+    seen = []
+    learner.student.backbone.register_forward_hook(lambda net, args, out: seen.append(args[0].shape))
+    learner(*batch(method), 0.05)
+    assert [tuple(s) for s in seen] == [(12, 3, 32, 32), (18, 3, 16, 16)]
+
+
+@pytest.mark.parametrize("name", ["swav", "msn", "pmsn"])
+def test_shared_prototypes_learn_from_the_student_alone(name):
+    """Their gradient is that of a loss whose targets come from a frozen copy of them."""
+    method = small(name)
+    learner = make(method)
+    assert learner.teacher.prototypes is learner.student.prototypes
+    views, masks = batch(method)
+    learner.student.prototypes.renormalize()  # SwAV's, which a copy would not get
+    apart = copy.deepcopy(learner)
+    if method.ema is not None:
+        apart.teacher.prototypes = copy.deepcopy(apart.student.prototypes).requires_grad_(False)
+    else:
+        apart.teacher = copy.deepcopy(apart.student).requires_grad_(False)
+    for each in (learner, apart):
+        each(views, masks, 0.05).loss.backward()
+    ours, theirs = (each.student.prototypes.weight_v.grad for each in (learner, apart))
+    assert float(ours.abs().max()) > 0 and torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_prototypes_move_with_the_student_and_not_by_ema():
+    learner = make(small("msn"))
+    with torch.no_grad():
+        learner.student.prototypes.weight_v.mul_(2.0)
+    before = learner.student.prototypes.weight_v.clone()
+    learner.update_teacher(0.5)
+    assert torch.equal(learner.teacher.prototypes.weight_v, before)
+
+
+def test_msns_target_crop_is_not_seen_by_its_student():
+    method = small("msn", targets=(), regularizers=())
+    learner = make(method)
+    views, masks = batch(method)
+    seen = []
+    learner.student.backbone.register_forward_hook(lambda net, args, out: seen.append(args[0]))
+    base = learner(views, masks, 0.025)
+    other = learner([views[0] + torch.randn_like(views[0]), *views[1:]], masks, 0.025)
+    assert len(seen) == 4 and torch.equal(seen[0], views[1]) and torch.equal(seen[2], views[1])
+    assert base.meters["teacher_entropy"].item() != other.meters["teacher_entropy"].item()
+    constant = METHODS["msn"].but(n_prototypes=24, views=method.views).plus(1.0, _first_of, on="probabilities")
+    learner = make(constant)
+    parts = [learner([x, *views[1:]], masks, 0.025).parts for x in (views[0], -views[0])]
+    name = "_first_of on probabilities"
+    assert torch.equal(parts[0][name], parts[1][name]) and not torch.equal(parts[0]["image"], parts[1]["image"])
+
+
+def _first_of(p):
+    return p[:, 0].mean()
+
+
+def test_dropped_patches_do_not_reach_the_student():
+    method = small("msn")
+    learner = make(method)
+    views, masks = batch(method)
+    pixels = masks.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    # the stem of this small network looks a pixel beyond a patch: change what lies further inside
+    inside = pixels & ~(torch.nn.functional.max_pool2d((~pixels).float()[None], 5, 1, 2)[0] > 0)
+    assert inside.any()
+    learner.student.backbone.vit.patch_embed.norm = nn.Identity()  # which normalizes over the whole crop
+    changed = [views[0], torch.where(inside, torch.randn_like(views[1]), views[1]), *views[2:]]
+    losses = [float(learner(v, masks, 0.025).loss.detach()) for v in (views, changed)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    shown = [float(learner(v, torch.zeros_like(masks), 0.025).loss.detach()) for v in (views, changed)]
+    assert abs(shown[0] - shown[1]) > 1e-4
+
+
+def test_the_queue_survives_a_checkpoint():
+    method = small("swav", queue=Queue(8))
+    learner, fresh = make(method), make(method, seed=5)
+    for seed in range(3):
+        learner(*batch(method, seed=seed), 0.05)
+    fresh.load_state_dict(copy.deepcopy(learner.state_dict()))
+    losses = [float(each(*batch(method, seed=9), 0.05).loss.detach()) for each in (learner, fresh)]
+    assert losses[0] == losses[1]
+    empty = make(method, seed=5)
+    empty.student.load_state_dict(learner.student.state_dict())
+    assert float(empty(*batch(method, seed=9), 0.05).loss.detach()) != losses[0]
+
+
+def test_the_queue_is_used_in_eval_mode_and_stays():
+    method = small("swav", queue=Queue(8))
+    learner = make(method)
+    for seed in range(3):
+        learner(*batch(method, seed=seed), 0.05)
+    before = copy.deepcopy(learner.queue.state_dict())
+    learner.eval()
+    with_queue = float(learner(*batch(method), 0.05).loss.detach())
+    assert all(torch.equal(before[k], v) for k, v in learner.queue.state_dict().items())
+    assert float(learner(*batch(method), 0.05, epoch=-1.0).loss.detach()) != with_queue, "before its epoch it is not"
+
+
+def test_the_queue_holds_the_newest_codes_of_its_view_and_fills_from_its_epoch_on():
+    method = small("swav", queue=Queue(8, epoch=2.0))
+    learner = make(method)
+    codes = []
+    learner.student.projector.register_forward_hook(lambda net, args, out: codes.append(out.detach()))
+    for seed in range(3):
+        learner(*batch(method, seed=seed), 0.05, epoch=1.99)
+    assert not learner.queue.codes.any() and not learner.queue.filled.any()
+    for seed in range(3):
+        learner(*batch(method, seed=seed), 0.05, epoch=2.0)
+    for view in range(2):
+        newest = torch.cat([c[6 * view : 6 * view + 6] for c in reversed(codes)])[:8]
+        assert torch.equal(learner.queue.codes[view], newest)
+
+
+def test_plain_prototypes_are_unit_after_a_forward():
+    method = small("swav")
+    learner = make(method)
+    prototypes = learner.student.prototypes
+    assert float((prototypes.w.detach().norm(dim=-1) - 1).abs().max()) > 1e-3
+    learner(*batch(method), 0.05)
+    assert torch.allclose(prototypes.w.norm(dim=-1), torch.ones(24), atol=1e-6)
+
+
+def test_the_patch_term_without_prototypes_has_a_gradient():
+    method = small("simdinov2", image_weight=0.0, regularizers=())
+    learner = make(method)
+    learner(*batch(method), 0.04).loss.backward()
+    assert float(learner.student.backbone.mask_token.grad.abs().max()) > 0
+    assert float(learner.student.projector.mlp[0].weight.grad.abs().max()) > 0
+
+
+def test_a_single_target_without_a_teacher_comes_from_its_own_crop():
+    """The student does not see that crop, so its codes for the others cannot be the targets."""
+    method = small("msn", ema=None, mask_student=0.0)
+    learner = make(method)
+    views, _ = batch(method)
+    losses = [float(learner([x, *views[1:]], None, 0.025).loss.detach()) for x in (views[0], -views[0])]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.n_prototypes])
+def test_the_meters_are_nats_of_the_targets(name):
+    method = small(name)
+    step = make(method)(*batch(method), 0.05)
+    entropy, marginal = (float(step.meters[m]) for m in ("teacher_entropy", "marginal_entropy"))
+    assert 0 <= entropy <= marginal + 1e-5 <= math.log(24) + 1e-4
+    assert float(step.meters["kl"]) == pytest.approx(float(step.parts["image"]) - entropy, abs=1e-5)
+
+
+def test_a_network_without_what_the_method_needs_is_refused():
+    backbone = Backbone("vit_pico_patch8", 32)
+    for name, lacks in (("dino", "prototypes"), ("dinov2", "patch_prototypes")):
+        prototypes = Prototypes(24, 8, True) if name == "dinov2" else None
+        with pytest.raises(ValueError, match=f"needs {lacks}"):
+            Learner(small(name), Network(backbone, Projector(64, 32, 8), prototypes))

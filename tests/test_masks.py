@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
-from prototypes_lib.masks import block_masks, mask_ratios
+from prototypes_lib.masks import block_masks, dropped, mask_ratios
 
 
 def seeded(seed=0):
@@ -136,3 +136,34 @@ def test_bad_settings_get_one_clear_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         block_masks(**{"n": 3, "grid": (4, 4), "generator": seeded()} | arguments)
     assert "\n" not in str(error.value)
+
+
+@given(
+    height=st.integers(1, 16), width=st.integers(1, 16), share=st.floats(0, 0.99), seed=st.integers(0, 1000)
+)  # fmt: skip
+def test_dropping_keeps_the_floor_of_the_share_that_stays(height, width, share, seed):
+    gone = dropped((height, width), share, generator=seeded(seed))
+    assert gone.shape == (height, width) and gone.dtype == torch.bool
+    assert int((~gone).sum()) == math.floor(height * width * (1 - share) + 1e-9)
+
+
+def test_dropping_a_tenth_of_ten_keeps_nine_whatever_binary_fractions_say():
+    for tenths in range(1, 10):
+        assert int((~dropped((2, 5), tenths / 10, generator=seeded())).sum()) == 10 - tenths
+
+
+def test_msns_shares_leave_what_the_released_runs_leave():
+    for share, kept in ((0.15, 166), (0.3, 137), (0.7, 58)):
+        assert int((~dropped((14, 14), share, generator=seeded())).sum()) == kept
+
+
+def test_any_patch_may_be_dropped_and_a_seed_drops_the_same():
+    share = torch.stack([dropped((4, 5), 0.3, generator=seeded(s)) for s in range(2000)]).float().mean(0)
+    assert (share - 0.3).abs().max() < 5 * math.sqrt(0.21 / 2000)
+    assert torch.equal(dropped((4, 5), 0.3, generator=seeded(1)), dropped((4, 5), 0.3, generator=seeded(1)))
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1, math.nan])
+def test_dropping_everything_is_refused(share):
+    with pytest.raises(ValueError, match="share="):
+        dropped((4, 4), share, generator=seeded())

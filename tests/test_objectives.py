@@ -204,3 +204,19 @@ def test_entropy_lies_between_zero_and_ln_k(mass):
 def test_zero_times_log_zero_is_zero():
     scores = torch.tensor([[0.0, -torch.inf, -torch.inf]])
     assert cross_entropy(torch.tensor([[1.0, 0.0, 0.0]]), scores).item() == 0.0
+
+
+@pytest.mark.parametrize("kind", ["cross-entropy", "alignment"])
+@pytest.mark.parametrize("n_targets, n_global, n_local, pairs", [(1, 2, 10, 11), (1, 1, 3, 3), (2, 3, 1, 5)])
+def test_views_may_begin_after_the_only_target(kind, n_targets, n_global, n_local, pairs):
+    """MSN: the student's views are numbered from 1, so all 11 of them have the one target to predict."""
+    objective, teacher, student = _views(kind, n_global, n_local)
+    terms = [
+        objective(teacher[q], student[v]) for q in range(n_targets) for v in range(1, n_global + n_local) if q != v
+    ]
+    assert len(terms) == pairs
+    expected = sum(terms) / pairs
+    loss = over_views(objective, teacher[:n_targets], student[1:], first=1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for f, w in zip(*(torch.autograd.grad(x, student[1:]) for x in (loss, expected)), strict=True):
+        assert (f - w).abs().max() < 1e-14

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prototypes_lib.regularizers import coding_rate, expansion, koleo, mean_entropy, nearest, power_law, prior_matching
+from prototypes_lib.regularizers import (
+    coding_rate,
+    expansion,
+    koleo,
+    mean_entropy,
+    nearest,
+    power_law,
+    power_law_matching,
+    prior_matching,
+)
 
 EPS = math.sqrt(0.05)  # the released SimDINO's eps=0.05 is our eps^2
 
@@ -270,6 +279,11 @@ class TestCodingRate:
         assert float(expansion(z, EPS, groups=processes)) == pytest.approx(value, rel=1e-6)
         assert value == pytest.approx(expected, abs=max(tolerance, 5e-5))
 
+    def test_reducing_the_gram_matrix_is_one_process_of_the_whole_batch(self):
+        """The released code's reduce_cov=1 on 8 processes of 64: 2.28, not the 0.4496 without it."""
+        z = torch.eye(256).repeat(2, 1)
+        assert float(expansion(z, EPS, groups=1)) == pytest.approx(2.28, abs=0.005)
+
     @given(
         n=st.integers(1, 24),
         dim=st.integers(1, 24),
@@ -400,6 +414,43 @@ class TestMarginal:
         unchecked = inspect.unwrap(prior_matching)  # without the type check, which only tests have
         with pytest.raises(ValueError, match="prior"):
             unchecked(probabilities(3, 8), prior)
+
+
+class TestPowerLawMatching:
+    @pytest.mark.parametrize("exponent", [0.0, 0.25, 1.0, 3.0])
+    def test_is_the_divergence_of_the_marginal_from_the_power_law(self, exponent):
+        p = probabilities(30, 12).double()
+        marginal, prior = p.mean(0).numpy(), np.arange(1, 13) ** -exponent
+        expected = (marginal * np.log(marginal / (prior / prior.sum()))).sum()
+        assert float(power_law_matching(p, exponent)) == pytest.approx(expected, abs=1e-14)
+
+    def test_its_prior_has_float64_digits_for_float64_probabilities(self):
+        k = 200
+        prior = np.arange(1, k + 1) ** -0.25
+        p = torch.from_numpy(prior / prior.sum()).expand(3, k)
+        assert abs(float(power_law_matching(p, 0.25))) < 1e-14
+
+    def test_the_order_of_prototypes_matters_unless_the_law_is_uniform(self):
+        p = probabilities(30, 12, sharpness=4.0)
+        for exponent, same in ((0.25, False), (0.0, True)):
+            change = float(power_law_matching(p, exponent)) - float(power_law_matching(p.flip(-1), exponent))
+            assert (abs(change) < 1e-6) == same
+
+    def test_it_pulls_the_marginal_to_the_law(self):
+        logits = torch.zeros(4, 10, dtype=torch.float64, requires_grad=True)
+        for _ in range(300):
+            (slope,) = torch.autograd.grad(power_law_matching(torch.softmax(logits, -1), 1.0), logits)
+            logits = (logits - 20 * slope).detach().requires_grad_()
+        assert torch.allclose(torch.softmax(logits, -1).mean(0).float(), power_law(10, 1.0), atol=1e-3)
+
+    def test_gradcheck(self):
+        p = probabilities(5, 6).double().requires_grad_()
+        assert torch.autograd.gradcheck(lambda p: power_law_matching(p, 0.25), p)
+
+    def test_is_finite_in_half_precision_and_at_zero(self):
+        for p in (probabilities(64, 512).bfloat16(), torch.eye(8)[:3]):
+            value, g = gradient(lambda p: power_law_matching(p, 0.25), p)
+            assert value.dtype == torch.float32 and torch.isfinite(value) and torch.isfinite(g).all()
 
 
 class TestPowerLaw:

@@ -14,10 +14,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = ("notebooks", "eval", "cli", "dev")
 IDEAS = {"vmf", "scores", "assignment", "objectives", "regularizers", "methods", "collapse", "precision"}
 MACHINERY = {
-    "data", "views", "photometric", "masks", "backbones", "heads", "learner", "schedules", "train", "checkpoints",
-    "records", "settings",
+    "data", "views", "photometric", "masks", "backbones", "heads", "learner", "schedules", "optimizers", "train",
+    "checkpoints", "records", "settings", "paper_runs",
 }  # fmt: skip
-READING = {"evaluate", "figures", "course", "cli"}
+READING = {"evaluate", "sweeps", "figures", "course", "cli"}
 
 
 def tracked() -> list[Path]:
@@ -33,7 +33,7 @@ def test_conda_make_and_pyproject_install_the_same_extras():
     conda = (ROOT / "environment.yml").read_text()
     make = (ROOT / "Makefile").read_text()
     wanted = f".[{','.join(EXTRAS)}]"
-    assert set(PROJECT["optional-dependencies"]) == set(EXTRAS)
+    assert set(PROJECT["optional-dependencies"]) == {*EXTRAS, "parity"}  # peers are nobody's need but the comparison's
     assert f"--editable {wanted}" in conda and f'-e "{wanted}"' in make
     floor = re.search(r"python>=(\d+\.\d+)", conda)[1]
     assert PROJECT["requires-python"] == f">={floor}"
@@ -46,7 +46,7 @@ def test_every_requirement_is_pinned_once_without_addresses():
         assert re.fullmatch(r"[a-z0-9.-]+==[A-Za-z0-9.!]+( ; .+)?", line), line
     pinned = [line.split("==")[0] for line in lines]
     assert len(pinned) == len(set(pinned))
-    wanted = names(PROJECT["dependencies"]).union(*(names(x) for x in PROJECT["optional-dependencies"].values()))
+    wanted = names(PROJECT["dependencies"]).union(*(names(PROJECT["optional-dependencies"][x]) for x in EXTRAS))
     assert wanted <= set(pinned)
 
 

@@ -2,7 +2,9 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,8 +12,10 @@ from safetensors.torch import load_file
 from prototypes_lib import checkpoints, data
 from prototypes_lib import train as training
 from prototypes_lib.methods import METHODS, Views, Warmup
+from prototypes_lib.optimizers import make_optimizer
 from prototypes_lib.regularizers import koleo
-from prototypes_lib.train import Run, build, config, make_optimizer, train
+from prototypes_lib.schedules import cosine
+from prototypes_lib.train import Run, build, config, train
 
 
 def method(name="dino-vmf-kp"):
@@ -103,40 +107,59 @@ def test_prototypes_stand_still_while_frozen_and_move_after(tmp_path):
     assert not torch.equal(checkpoints.load_prototypes(free.folder, "student"), start)
 
 
-def test_optimizer_groups_are_dinos():
-    settings = Run.small(prototype_lr_factor=7.0)
-    learner = build(method(), settings)
-    groups = {}
-    names = {p: n for n, p in learner.student.named_parameters()}
-    for group in make_optimizer(learner, settings).param_groups:
-        for p in group["params"]:
-            groups[names[p]] = (group["lr_factor"], group["decays"])
-    assert groups["backbone.vit.cls_token"] == (1.0, 1.0) and groups["backbone.vit.pos_embed"] == (1.0, 1.0)
-    assert groups["backbone.vit.norm.weight"] == (1.0, 0.0) and groups["projector.mlp.0.bias"] == (1.0, 0.0)
-    assert groups["prototypes.weight_g"] == (7.0, 1.0) and groups["prototypes.weight_v"] == (7.0, 1.0)
-
-
-def test_gradients_are_clipped_tensor_by_tensor(tmp_path):
-    settings = run(tmp_path, clip_grad=0.5)
-    learner = build(method(), settings)
+def trainer(settings, composed=None):
+    learner = build(composed or method(), settings)
     images = data.load("cifar10-5k", "train", limit=96, progress=False)
-    trainer = training._Trainer(learner, make_optimizer(learner, settings), settings, images, torch.device("cpu"), None)
-    parameters = [p for p in learner.student.parameters() if p.requires_grad]
-    for i, p in enumerate(parameters):
-        p.grad = torch.full_like(p, 10.0 if i % 2 else 1e-6)
-    trainer._clip()
-    for i, p in enumerate(parameters):
-        expected = 0.5 if i % 2 else 1e-6 * p.numel() ** 0.5
-        assert abs(float(p.grad.norm()) - min(expected, 0.5)) < 1e-4
+    optimizer = make_optimizer(learner.student, settings)
+    return training._Trainer(learner, optimizer, settings, images, Path(settings.out), torch.device("cpu"), None)
+
+
+def test_default_schedules_are_dinos_to_the_last_bit(tmp_path):
+    settings = run(tmp_path, epochs=3.0)
+    made, base = trainer(settings), method()
+    assert np.array_equal(made.lr, cosine(5e-4 * 16 / 256, 1e-6, 18, warmup_steps=2))
+    assert np.array_equal(made.weight_decay, cosine(0.04, 0.4, 18))
+    assert np.array_equal(made.momentum, cosine(base.ema, base.ema_end, 18))
+
+
+def test_msns_schedules_are_laid_out_over_a_longer_run_and_cut_off(tmp_path):
+    msn = {"lr": 1e-3, "lr_scaling": "none", "warmup_lr": 2e-4, "schedule_stretch": 1.25, "momentum_schedule": "linear"}
+    made = trainer(run(tmp_path, epochs=20.0, warmup_epochs=2.0, **msn), method().but(ema=0.996, ema_end=1.0))
+    steps, warmup, step = 120, 12, np.arange(120)
+    wave = 0.5 * (1 + np.cos(np.pi * (step - warmup) / (150 - warmup)))
+    expected = np.where(step < warmup, 2e-4 + 8e-4 * step / (warmup - 1), 1e-6 + (1e-3 - 1e-6) * wave)
+    assert np.allclose(made.lr, expected, rtol=1e-12, atol=0) and made.lr[0] == 2e-4 and made.lr.max() == 1e-3
+    assert np.allclose(made.weight_decay, 0.4 - 0.36 * 0.5 * (1 + np.cos(np.pi * step / 150)), rtol=1e-12)
+    assert np.allclose(np.diff(made.momentum), 0.004 / 150) and made.momentum[0] == 0.996
+    assert len(made.momentum) == steps and abs(made.momentum[-1] + 0.004 / 150 - 0.9992) < 1e-12
+
+
+@pytest.mark.parametrize(("by", "counted"), [("gradient", 0), ("lr", 2)])
+def test_prototypes_frozen_by_their_learning_rate_go_on_gathering_moments(tmp_path, by, counted):
+    made = trainer(run(tmp_path, freeze_last_layer=0.5, freeze_by=by, warmup_epochs=0.0))
+    prototypes = made.learner.student.prototypes
+    start = prototypes.w.detach().clone()
+    for step in (0, 1):
+        made.step(step)
+    assert torch.equal(prototypes.w, start)
+    assert len(made.optimizer.state[prototypes.weight_v]) == (0 if by == "gradient" else 3)
+    if by == "lr":
+        moments = made.optimizer.state[prototypes.weight_v]
+        assert moments["step"] == counted and moments["exp_avg"].abs().max() > 0
+    made.step(3)
+    assert not torch.equal(prototypes.w, start)
+
+
+def test_a_resumed_run_with_larc_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    settings = {"optimizer": "larc", "lr": 0.3, "weight_decay": 1e-6, "weight_decay_end": 1e-6, "clip_grad": 0.0}
+    whole = train(method(), run(tmp_path / "a", **settings), "x")
+    train(method(), run(tmp_path / "b", **settings), "x", stop_after=4)
+    assert state(whole) == state(train(method(), run(tmp_path / "b", **settings), "x"))
 
 
 def test_views_and_masks_are_a_function_of_seed_and_step(tmp_path):
-    images = data.load("cifar10-5k", "train", limit=96, progress=False)
-    settings = run(tmp_path)
-    make = lambda s: training._Trainer(
-        build(method("ibot"), s), make_optimizer(build(method("ibot"), s), s), s, images, torch.device("cpu"), None
-    )
-    a, b, other = make(settings), make(settings), make(settings.but(seed=5))
+    settings, ibot = run(tmp_path), method("ibot")
+    a, b, other = trainer(settings, ibot), trainer(settings, ibot), trainer(settings.but(seed=5), ibot)
     a.batch(0)
     (va, ma), (vb, mb), (vo, _) = a.batch(3), b.batch(3), other.batch(3)
     assert all(torch.equal(x, y) for x, y in zip(va, vb, strict=True)) and torch.equal(ma, mb)
@@ -144,16 +167,12 @@ def test_views_and_masks_are_a_function_of_seed_and_step(tmp_path):
 
 
 def test_a_probe_of_precision_leaves_no_trace(tmp_path):
-    images = data.load("cifar10-5k", "train", limit=96, progress=False)
     fixed, auto = run(tmp_path, precision="fp32"), run(tmp_path, precision="auto")
     states = []
     for settings in (fixed, auto):
-        learner = build(method(), settings)
-        trainer = training._Trainer(
-            learner, make_optimizer(learner, settings), settings, images, torch.device("cpu"), None
-        )
-        assert trainer.precision in ("fp32", "bf16")
-        states.append(learner.state_dict())
+        made = trainer(settings)
+        assert made.precision in ("fp32", "bf16")
+        states.append(made.learner.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
 
 
@@ -187,6 +206,17 @@ def test_jobs_in_processes_give_what_they_give_alone(tmp_path):
         ({"drop_path": 1.5}, "drop_path"),
         ({"backbone_options": {"foo": 1}}, "foo"),
         ({"precision": "fp16"}, "precision"),
+        ({"optimizer": "sgd"}, "adamw, lars or larc"),
+        ({"lr_scaling": "square"}, "lr_scaling"),
+        ({"momentum_schedule": "step"}, "momentum_schedule"),
+        ({"clip": "layer"}, "clip='layer'"),
+        ({"freeze_by": "hand"}, "gradient or lr"),
+        ({"schedule_stretch": 0.8}, "schedule_stretch"),
+        ({"lr_batch_size": 0}, "lr_batch_size"),
+        ({"warmup_lr": -0.1}, "warmup_lr"),
+        ({"layer_decay": 0.0}, "layer_decay"),
+        ({"patch_embed_lr": -0.2}, "patch_embed_lr"),
+        ({"prototype_weight_decay": -1.0}, "prototype_weight_decay"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, changes, says):

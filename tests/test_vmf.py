@@ -186,6 +186,13 @@ def test_known_values_at_the_dimension_of_dino():
         assert (gap <= tolerance).all(), f"terms={terms}: {gap}"
 
 
+def test_known_values_at_64_dimensions():
+    for terms, known in ((1, tensor(-3.8026, -48.0332)), (None, tensor(-3.8045, -48.0362))):
+        start = vmf.log_normalizer(tensor(10.0), 64, terms=terms)
+        gap = vmf.log_normalizer(tensor(25.0, 100.0), 64, terms=terms) - start - known
+        assert float(gap.abs().max()) < 5.1e-5, f"terms={terms}: {gap}"
+
+
 @pytest.mark.parametrize("tau, to_2, to_10", [(0.04, 0.143, 0.408), (0.07, 0.083, 0.272), (0.1, 0.058, 0.201)])
 def test_break_even_cosine_of_a_longer_prototype(tau, to_2, to_10):
     for length, known in ((2.0, to_2), (10.0, to_10)):
