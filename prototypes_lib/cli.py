@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -50,9 +51,10 @@ def run(
 
 
 def train(
-    method: Annotated[Positional[str], arg(metavar="METHOD")],
+    method: Annotated[Positional[str | None], arg(metavar="METHOD")] = None,
     run: OmitArgPrefixes[Run] = IMAGENET,
     small: bool = False,
+    paper_run: str | None = None,
     n_prototypes: int | None = None,
     n_local: int | None = None,
     ema: float | None = None,
@@ -61,9 +63,12 @@ def train(
     """Pre-train one method of the family and leave a run folder; an interrupted run goes on.
 
     Args:
-        method: a recipe: dino, dino-vmf, ibot, ibot-vmf, each also with -kd and -kp, or simdino.
+        method: a recipe: dino, dino-vmf, ibot, ibot-vmf, each also with -kd and -kp, ibot-vmf-me, swav, msn, pmsn,
+            dinov2, simdino or simdinov2; none with --paper-run.
         run: settings of the run.
         small: defaults of the other options for a few minutes on a CPU instead of ImageNet's.
+        paper_run: a paper's method and settings at full scale as defaults of the other options, with --data PATH for
+            ImageNet; "list" prints them.
         n_prototypes: K, where it is not the recipe's.
         n_local: local crops, where they are not the recipe's.
         ema: the teacher's first momentum, where it is not the recipe's.
@@ -72,18 +77,42 @@ def train(
     from prototypes_lib.methods import METHODS
     from prototypes_lib.train import train as start
 
-    if method not in METHODS:
+    if paper_run == "list":
+        print(_paper_runs())
+        return 0
+    if (method is None) == (paper_run is None):
+        raise ValueError("name a METHOD or a --paper-run NAME, one of the two")
+    if method is not None and method not in METHODS:
         raise ValueError(f"no method {method!r}; choose one of {', '.join(METHODS)}")
-    composed = METHODS[method]
+    composed = METHODS[method] if method is not None else _paper_run(paper_run).method
     if n_prototypes is not None:
         composed = composed.but(n_prototypes=n_prototypes)
     if n_local is not None:
         composed = composed.but(views=dataclasses.replace(composed.views, n_local=n_local))
     if ema is not None:
         composed = composed.but(ema=ema)
-    result = start(composed, run, name or method)
+    result = start(composed, run, name or method or paper_run)
     print(result.folder)
     return 0
+
+
+def _paper_run(name: str):
+    from prototypes_lib.paper_runs import PAPER_RUNS
+
+    if name not in PAPER_RUNS:
+        raise ValueError(f"no paper run {name!r}; `prototypes train --paper-run list` prints them")
+    return PAPER_RUNS[name]
+
+
+def _paper_runs() -> str:
+    from prototypes_lib.paper_runs import PAPER_RUNS
+
+    lines = []
+    for name, paper in PAPER_RUNS.items():
+        run = paper.run
+        what = f"{run.data}, {run.backbone}, {run.epochs:.0f} epochs, batch {run.batch_size}"
+        lines.append(f"{name:28s} {what}\n{'':28s} {paper.source}")
+    return "\n".join(lines)
 
 
 def evaluate(
@@ -196,11 +225,14 @@ def run_command(argv: Sequence[str]) -> int:
     try:
         with contextlib.redirect_stderr(said):
             work = tyro.extras.subcommand_cli_from_dict(
-                {name: _deferred(command, small="--small" in argv) for name, command in COMMANDS.items()},
+                {name: _deferred(command, _defaults(argv)) for name, command in COMMANDS.items()},
                 prog="prototypes",
                 description=__doc__,
                 args=list(argv),
             )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except SystemExit as ended:  # --help, or a refusal in a box of several lines
         if ended.code:
             print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
@@ -212,17 +244,26 @@ def run_command(argv: Sequence[str]) -> int:
         return 2
 
 
-def _deferred(command: Callable[..., int], small: bool) -> Callable[..., Callable[[], int]]:
-    """Parsing and working apart, so that only parsing's messages are rewritten; --small decides a Run's defaults."""
+def _defaults(argv: Sequence[str]) -> Run:
+    """The run that the other options change: ImageNet's, --small's or a --paper-run's."""
+    if "--small" in argv:
+        return Run.small()
+    words = [part for word in argv for part in word.split("=", 1)]
+    for flag, name in itertools.pairwise(words):
+        if flag in ("--paper-run", "--paper_run") and name != "list":
+            return _paper_run(name).run
+    return IMAGENET
+
+
+def _deferred(command: Callable[..., int], run: Run) -> Callable[..., Callable[[], int]]:
+    """Parsing and working apart, so that only parsing's messages are rewritten; `run` are a Run's defaults."""
 
     @functools.wraps(command)
     def parsed(*args, **kwargs):
         return functools.partial(command, *args, **kwargs)
 
     signature = inspect.signature(command)
-    defaults = [
-        p.replace(default=Run.small()) if small and p.default is IMAGENET else p for p in signature.parameters.values()
-    ]
+    defaults = [p.replace(default=run) if p.default is IMAGENET else p for p in signature.parameters.values()]
     parsed.__signature__ = signature.replace(parameters=defaults)  # type: ignore[attr-defined]
     return parsed
 

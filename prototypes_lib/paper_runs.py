@@ -59,7 +59,7 @@ _dinov2_short = METHODS["dinov2"].but(
 
 _simdino = Run(data="imagenet", backbone=VITB, epochs=100, batch_size=512, freeze_last_layer=0.0)
 _simdinov2 = Run(
-    data="imagenet", backbone=VITB, backbone_options={"init_values": 0.1, "reg_tokens": 4, "dynamic_img_size": True},
+    data="imagenet", backbone=VITB, backbone_options={"init_values": 0.1, "reg_tokens": 4},
     epochs=100, batch_size=1024, lr=4e-3, lr_scaling="sqrt", lr_batch_size=1024, warmup_lr=1e-6, clip="module",
     layer_decay=0.9, patch_embed_lr=0.2, freeze_last_layer=0.0, drop_path=0.2, precision="bf16",
 )  # fmt: skip

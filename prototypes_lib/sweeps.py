@@ -125,6 +125,7 @@ def _row(job: Job, side_by_side: int) -> dict[str, Any]:
         folder, curve, step, summary = result.folder, list(result.metrics), None, result.summary
         scored = _scored(checkpoints.load_backbone(folder), job.run)
     config = json.loads((folder / "config.json").read_text())
+    config["run"].pop("out")  # a place on this machine
     return row | {
         "hash": config["hash"], "folder": str(folder), "seconds": summary["seconds"],
         "images_per_second": summary.get("images_per_second"), "side_by_side": side_by_side,

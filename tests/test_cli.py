@@ -76,7 +76,7 @@ def test_a_wrong_request_is_one_line_and_status_2(argv, says, capsys, tmp_path, 
     [
         (("foo",), r"Unrecognized options: foo; Available subcommands: run, .*data"),
         ((), r"Missing subcommand: Expected one of {run, .*data}\."),
-        (("train",), r"Missing from prototypes train: METHOD \(a recipe: dino, .*with -kd and -kp, or simdino\)"),
+        (("train",), r"name a METHOD or a --paper-run NAME, one of the two"),
         (("evaluate",), r"Missing from prototypes evaluate: {knn} \(knn, [^()]*\), RUN-FOLDER \(a run [^()]*\)"),
         (("train", "dino", "--epochs", "x"), r"Error parsing --epochs: could not convert string to float: 'x'"),
         (("train", "dino", "--precision", "x"), r"precision='x': choose auto, fp32 or bf16"),
@@ -135,3 +135,16 @@ def test_small_is_a_set_of_defaults_and_every_option_given_counts(tmp_path, caps
     run = seen["run"]
     assert (run.epochs, run.batch_size, run.hidden, run.drop_path) == (100, 256, 2048, 0.1)
     assert run.image_size == 32 and run.backbone == "vit_pico_patch8"
+
+
+def test_a_paper_run_gives_the_defaults_and_other_options_change_them(tmp_path, capsys):
+    assert call("train", "--paper-run", "list") == 0
+    assert "dinov2-vitl16-short" in capsys.readouterr().out
+    assert call("train", "--paper-run", "msn-vits16", "--help") == 0
+    assert "1.25" in capsys.readouterr().out
+    for wrong in (["--paper-run", "dino-vitx"], ["dino", "--paper-run", "msn-vits16"], []):
+        assert call("train", *wrong) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and "paper" in said
+    assert call("train", "--paper-run", "msn-vits16", "--data", str(tmp_path / "nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err

@@ -1,0 +1,57 @@
+"""Many runs, one evaluator: rows in order, divergence as a result, records that read back."""
+
+import math
+
+import pytest
+
+from prototypes_lib import sweeps
+from prototypes_lib.methods import METHODS, Views
+from prototypes_lib.settings import Run
+from prototypes_lib.sweeps import Job
+
+RUN = Run.small(
+    limit=200, batch_size=32, epochs=4 / 6, warmup_epochs=0.0, monitor_steps=2, checkpoint_epochs=1e6, device="cpu"
+)
+
+
+def job(name: str, tmp_path, **run) -> Job:
+    method = METHODS[name].but(views=Views(2, 1), **({"n_prototypes": 16} if METHODS[name].n_prototypes else {}))
+    return Job(name, method, RUN.but(out=tmp_path, **run), {"method": name})
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    return sweeps.sweep([job("dino", out), job("simdino", out, seed=3), job("dino", out, seed=1)], workers=1)
+
+
+def test_rows_come_in_the_order_of_the_jobs_with_all_that_a_result_needs(rows):
+    assert [row["method"] for row in rows] == ["dino", "simdino", "dino"] and rows[1]["seed"] == 3
+    for row in rows:
+        assert {"hash", "seconds", "environment", "config", "images_per_second", "side_by_side"} <= set(row)
+        accuracy, low, high = sweeps.best(row)
+        assert 0 <= low <= accuracy <= high <= 100 and row["diverged"] is None
+        assert [point["step"] for point in row["curve"]] == [2, 4]
+    assert rows[0]["last"]["M"] == 16 and "M" not in rows[1]["last"]
+
+
+def test_a_run_that_diverges_is_a_row_that_says_when(tmp_path):
+    row = sweeps.sweep([job("dino", tmp_path, lr=1e12, clip_grad=0.0)], workers=1)[0]
+    assert row["diverged"] in (2, 4) and row["knn"] == {} and math.isnan(sweeps.best(row)[0])
+    assert "diverged by step" in sweeps.said(row) and {"commit", "hardware"} <= set(row["environment"])
+
+
+def test_a_record_reads_back_without_folders_and_with_one_config_a_name(rows, tmp_path):
+    path = tmp_path / "results" / "x.json"
+    untrained = [sweeps.untrained(job("dino", tmp_path))]
+    sweeps.write(path, rows, notebook="x", command="c", parameters={}, untrained=untrained)
+    assert "tmp" not in path.read_text()
+    record = sweeps.read(path)
+    assert "folder" not in record["runs"][0] and isinstance(record["runs"][2]["config"], str)
+    assert sweeps.best(record["runs"][0])[0] == pytest.approx(sweeps.best(rows[0])[0])
+    assert set(record["untrained"][0]["knn"]) == set(rows[0]["knn"])
+
+
+def test_a_record_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no record"):
+        sweeps.read(tmp_path / "none.json")
