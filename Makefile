@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PINS ?= constraints.txt
 OUT ?= out
 
-.PHONY: run test test-fast lab setup executed lint pins data clean help
+.PHONY: run test test-fast lab setup executed records lint pins data clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,12 @@ $(VENV)/ready: pyproject.toml $(PINS)
 executed: setup  ## run the course and refresh notebooks/executed and notebooks/results from it
 	$(BIN)/prototypes run --out $(OUT)
 	$(BIN)/python tools/refresh_executed.py $(OUT)
+
+records: setup  ## make every run of the comparing notebooks again (half an hour on two cores), then their executed copies
+	for n in 52 54 56 58; do \
+	  $(BIN)/prototypes run --only $$n --out $(OUT) --timeout 0 --total-timeout 0 -p scale cpu || exit 1; \
+	done
+	$(BIN)/python benchmarks/numerics.py && $(BIN)/python benchmarks/mutations.py
 
 lint: setup  ## ruff, as CI and pre-commit run it
 	$(BIN)/ruff check .
