@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from timm.layers import DropPath
 from timm.models import is_model_in_modules
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -55,7 +56,8 @@ class Backbone(nn.Module):
         interpolation: how positions are resized for other crops: "antialias" as timm, "official" as DINO and DINOv2
             (bicubic without antialias, 0.1 added to the target grid), which matters for features of released weights.
             A ResNet has none.
-        options: passed to timm: drop_path_rate, pretrained, reg_tokens, init_values, patch_size ...
+        options: passed to timm: drop_path_rate, pretrained, reg_tokens, init_values, patch_size ...; a transformer's
+            drop_path_rate rises from block to block, with uniform_drop_path=True all have it (DINOv2).
 
     Attributes:
         dim: of the features and of the patches.
@@ -94,7 +96,7 @@ class TransformerBackbone(Backbone):
     """A plain vision transformer, which takes masks, dropped patches and any crop that cuts into whole patches."""
 
     def _build(self, image_size: int, options: dict) -> None:
-        name = self.name
+        name, uniform = self.name, options.pop("uniform_drop_path", False)
         shared = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": True}
         if name in _SMALL:
             self.vit = VisionTransformer(**shared, **(_SMALL[name] | options))
@@ -108,6 +110,9 @@ class TransformerBackbone(Backbone):
                 f"backbone {name!r} is none of ours ({ours}), no timm vision transformer (vit_*) and no timm ResNet"
             )
         vit = self.vit
+        if uniform:
+            for block in vit.blocks:
+                block.drop_path1, block.drop_path2 = (DropPath(options.get("drop_path_rate", 0.0)) for _ in range(2))
         plain = type(vit) is VisionTransformer and vit.cls_token is not None and vit.pos_embed is not None
         if not plain or vit.attn_pool is not None or options.get("patch_drop_rate"):
             raise ValueError(f"backbone {name!r}: only plain transformers with a class token and positions work here")

@@ -110,7 +110,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
 def export(run_folder: str | Path, path: str | Path) -> Path:
     """Write a run's teacher for others: backbone.safetensors (timm's names), head.safetensors, about.json.
 
-    The head holds the projector (mlp.*) and, where there are prototypes, DINO's last_layer.weight_g and weight_v.
+    The head holds the projector (mlp.*) and, where there are prototypes, DINO's last_layer.weight_g and weight_v; of a
+    patch head of its own the same under patch_.
 
     Raises FileNotFoundError where the folder holds no run with a checkpoint, ValueError where the path holds
     anything but an earlier export.
@@ -125,24 +126,33 @@ def export(run_folder: str | Path, path: str | Path) -> Path:
     head = {f"mlp.{k}": v for k, v in _strip(tensors, f"{teacher}projector.mlp.").items()}
     found = _strip(tensors, f"{teacher}prototypes.") or _strip(tensors, "student.prototypes.")  # shared ones
     head |= {f"last_layer.{k}": v for k, v in found.items()}
+    head |= {f"patch_mlp.{k}": v for k, v in _strip(tensors, f"{teacher}patch_projector.mlp.").items()}
+    found = _strip(tensors, f"{teacher}patch_prototypes.") or _strip(tensors, "student.patch_prototypes.")
+    head |= {f"patch_last_layer.{k}": v for k, v in found.items()}
     write_folder(path, {"backbone.safetensors": backbone, "head.safetensors": head}, {"about.json": config})
     return path
 
 
-def load_prototypes(path: str | Path, network: str = "teacher") -> Tensor:
+def load_prototypes(path: str | Path, network: str = "teacher", of: str = "crops") -> Tensor:
     """Prototypes w (K, dim) of a run folder or an export, in float32.
 
-    network: "teacher" or "student" (an export holds the teacher only).
+    network: "teacher" or "student" (an export holds the teacher only). of: "crops", or "patches" where they have
+    prototypes of their own.
 
-    Raises FileNotFoundError where there is neither, ValueError for a method without prototypes, another network, or
-    the student of an export.
+    Raises FileNotFoundError where there is neither, ValueError for a method without (such) prototypes, another network,
+    or the student of an export.
     """
     path = _check(path, network)
+    if of not in ("crops", "patches"):
+        raise ValueError(f"of={of!r}: choose 'crops' or 'patches'")
+    patch = "patch_" * (of == "patches")
     if (path / "head.safetensors").is_file():
-        found = _strip(load_file(path / "head.safetensors"), "last_layer.")
+        found = _strip(load_file(path / "head.safetensors"), f"{patch}last_layer.")
     else:
         tensors = _newest(path)[1]
-        found = _strip(tensors, f"{network}.prototypes.") or _strip(tensors, "student.prototypes.")
+        found = _strip(tensors, f"{network}.{patch}prototypes.") or _strip(tensors, f"student.{patch}prototypes.")
+    if not found and patch:
+        raise ValueError(f"{path}: patches have no prototypes of their own; take those of='crops'")
     if not found:
         raise ValueError(f"{path}: this method has no prototypes (SimDINO, for example)")
     prototypes = Prototypes(*found["weight_v"].shape, free_norms=True)

@@ -3,6 +3,7 @@
 A wrong request ends with status 2 and one line on stderr, before any work.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -58,6 +59,8 @@ def train(
     n_prototypes: int | None = None,
     n_local: int | None = None,
     ema: float | None = None,
+    ema_end: float | None = None,
+    backbone_option: Annotated[UseAppendAction[tuple[tuple[str, str], ...]], arg(name="backbone-option")] = (),
     name: str | None = None,
 ) -> int:
     """Pre-train one method of the family and leave a run folder; an interrupted run goes on.
@@ -72,6 +75,8 @@ def train(
         n_prototypes: K, where it is not the recipe's.
         n_local: local crops, where they are not the recipe's.
         ema: the teacher's first momentum, where it is not the recipe's.
+        ema_end: its last one, where it is not the recipe's.
+        backbone_option: NAME VALUE, repeatable, a further argument of the backbone (init_values 0.1).
         name: label of the run folder.
     """
     from prototypes_lib.methods import METHODS
@@ -91,9 +96,23 @@ def train(
         composed = composed.but(views=dataclasses.replace(composed.views, n_local=n_local))
     if ema is not None:
         composed = composed.but(ema=ema)
+    if ema_end is not None:
+        composed = composed.but(ema_end=ema_end)
+    if backbone_option:
+        run = run.but(backbone_options=run.backbone_options | {k: _literal(v) for k, v in backbone_option})
+    if paper_run and run.data == "imagenet" and not Path(run.data).is_dir():
+        raise ValueError("this paper run is on ImageNet: give its folder (with train/ and val/) by --data PATH")
     result = start(composed, run, name or method or paper_run)
     print(result.folder)
     return 0
+
+
+def _literal(text: str):
+    """A number, True or a tuple from the command line; other words are text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _paper_run(name: str):
@@ -246,6 +265,8 @@ def run_command(argv: Sequence[str]) -> int:
 
 def _defaults(argv: Sequence[str]) -> Run:
     """The run that the other options change: ImageNet's, --small's or a --paper-run's."""
+    if "--small" in argv and any(word.startswith(("--paper-run", "--paper_run")) for word in argv):
+        raise ValueError("--small and --paper-run both set the defaults of the other options: leave one out")
     if "--small" in argv:
         return Run.small()
     words = [part for word in argv for part in word.split("=", 1)]

@@ -154,10 +154,12 @@ class Learner(nn.Module):
 
     def _student_codes(self, crops: list[Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of crops and of masked patches: one call where they share the projector, because BatchNorm, where
-        there is one, sees them together."""
-        own = self.student.patch_projector
-        if own is not None:
-            return self.student.projector(torch.cat(crops)), own(hidden)
+        there is one, sees them together (it needs two rows: an own patch head with one masked patch has not)."""
+        own, projector = self.student.patch_projector, self.student.projector
+        if own is not None or not self.method.joint_projector:
+            groups = [torch.cat(crops)] if self.method.joint_projector else crops
+            patch_codes = (own or projector)(hidden) if self.method.patch else hidden
+            return torch.cat([projector(group) for group in groups]), patch_codes
         n_crops = sum(map(len, crops))
         codes, patch_codes = self.student.projector(torch.cat([*crops, hidden])).tensor_split([n_crops])
         return codes, patch_codes
@@ -183,8 +185,9 @@ class Learner(nn.Module):
         return targets.unflatten(0, t_codes.shape[:2]), meters
 
     def _assign(self, chain: Chain, codes: Tensor, prototypes: Prototypes, temperature: float) -> Tensor:
-        w = prototypes.w
-        origin = self.method.score(torch.zeros_like(w[:1]), w, temperature)[0]  # <w, 0> = 0 leaves log C_p
+        w, origin = prototypes.w, None
+        if any(getattr(link, "literal", False) for link in chain.links):
+            origin = self.method.score(torch.zeros_like(w[:1]), w, temperature)[0]  # <w, 0> = 0 leaves log C_p
         return chain(self.method.score(codes, w, temperature), temperature, origin).exp()
 
     def _patch_term(self, prediction: Tensor, t_patches: Tensor, masks: Tensor, temperature: float) -> Tensor:

@@ -29,6 +29,10 @@ class Warmup:
     end: float
     epochs: float = 0.0
 
+    def __post_init__(self):
+        if self.epochs < 0:
+            raise ValueError(f"a warm-up of {self.epochs} epochs cannot be")
+
 
 @dataclass(frozen=True)
 class Cosine:
@@ -102,6 +106,8 @@ class Patch:
         for name, allowed in (choices | {"head": ("shared", "prototypes", "own")}).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"masks: {name} {getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if self.min_area is not None and self.min_area < 1:
+            raise ValueError(f"masks: min_area={self.min_area} must be at least one patch")
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Queue:
     epoch: float = 0.0
 
     def __post_init__(self):
-        if self.length < 1 or self.epoch < 0:
+        if not isinstance(self.length, int) or self.length < 1 or self.epoch < 0:
             raise ValueError(f"a queue of length {self.length} from epoch {self.epoch} cannot be")
 
 
@@ -124,14 +130,16 @@ class Method:
     """One member of the family.
 
     paper: arXiv id. n_prototypes: K, or 0 for a method without. score: from `scores`. targets: links of `assignment`,
-    as classes, partials or instances. student_temp, teacher_temp: temperatures of the two softmaxes. ema, ema_end: the
-    teacher's momentum at the start, rising to the end's; 0 makes the teacher the student of the step before, ema=None
-    takes the student's own codes of this step as targets (SwAV). shared_prototypes: the teacher uses the student's
+    as classes, partials or instances. student_temp, teacher_temp: temperatures of the softmaxes. ema, ema_end: the
+    teacher's momentum at the start, rising to the end's; both 0: the teacher is the student of the step before.
+    ema=None: targets are the student's own codes of this step (SwAV; of a second pass where it hides patches or its
+    one target crop). shared_prototypes: the teacher uses the student's
     prototypes instead of their average. renormalize: prototypes are plain vectors set to unit length before each step
     (SwAV) instead of a direction times a length. joint_targets: all target views pass the links together, or each
-    alone (SwAV; for links without a memory, which would see a step's views one after the other). queue, views, patch:
-    see there. mask_student: share of patches taken away from the student's global
-    crops (MSN; another way than `patch`). image_weight: of the cross-entropy or alignment of whole crops.
+    alone (SwAV; for links without a memory, which would see a step's views one after the other). joint_projector: crops
+    of all sizes pass the projector together, or those of each size apart, which its BatchNorm notices (MSN). queue,
+    views, patch: see there. mask_student: share of patches taken away from the student's global crops (MSN; another
+    way than `patch`). image_weight: of the cross-entropy or alignment of whole crops.
     regularizers: (weight, function, place); weight * function(what stands there) is added to the loss, with
       features             backbone features of the student's global crops, one term a crop, summed (as DINOv2's code)
       codes                codes of each global crop of the student, averaged over the crops
@@ -153,6 +161,7 @@ class Method:
     shared_prototypes: bool = False
     renormalize: bool = False
     joint_targets: bool = True
+    joint_projector: bool = True
     queue: Queue | None = None
     views: Views = Views()
     mask_student: float = 0.0
@@ -161,14 +170,18 @@ class Method:
     regularizers: tuple[tuple[float | Cosine, Callable[..., Any], str], ...] = ()
 
     def __post_init__(self):
-        if self.n_prototypes < 0:
-            raise ValueError(f"n_prototypes={self.n_prototypes} must be 0 (none) or positive")
+        if not isinstance(self.n_prototypes, int) or self.n_prototypes < 0:
+            raise ValueError(f"n_prototypes={self.n_prototypes} must be a whole number, 0 for none")
+        if self.targets and not self.n_prototypes:
+            raise ValueError("targets are made of prototypes: with n_prototypes=0, leave them out by targets=()")
         if not (self.student_temp > 0 and self.teacher_temp.start > 0 and self.teacher_temp.end > 0):
             raise ValueError("temperatures must be positive")
         if self.ema is not None and not (0 <= self.ema <= 1 and 0 <= self.ema_end <= 1):
             raise ValueError(f"ema={self.ema} to {self.ema_end} must lie in [0, 1], or be None for no teacher at all")
         if not 0 <= self.mask_student < 1 or (self.mask_student and self.patch):
             raise ValueError(f"mask_student={self.mask_student} must lie in [0, 1), and be 0 with a patch term")
+        if self.mask_student and self.first_view == self.views.n_global:
+            raise ValueError("mask_student hides patches of global crops, and the student sees none: raise n_global")
         if self.patch and self.views.n_targets != self.views.n_global:
             raise ValueError("a patch term compares each global crop with itself: leave views.n_targets out")
         if not self.n_prototypes and self.patch and self.patch.head == "prototypes":
@@ -278,7 +291,8 @@ swav = Method(
 # Sinkhorn on the sharpened probabilities, which the paper leaves out: .but(targets=()).
 msn = Method(
     paper="2204.07141", n_prototypes=1024, targets=(Normalize, Sinkhorn), teacher_temp=Warmup(0.025, 0.025),
-    shared_prototypes=True, mask_student=0.15, views=Views(2, 10, (0.3, 1.0), (0.05, 0.3), n_targets=1, colors="msn"),
+    shared_prototypes=True, joint_projector=False, mask_student=0.15,
+    views=Views(2, 10, (0.3, 1.0), (0.05, 0.3), n_targets=1, colors="msn"),
     regularizers=((-1.0, mean_entropy, "probabilities"),),
 )  # fmt: skip
 
@@ -287,7 +301,8 @@ msn = Method(
 pmsn = msn.but(paper="2210.07277", regularizers=((1.0, partial(power_law_matching, exponent=0.25), "probabilities"),))
 
 # DINOv2 (Oquab et al., 2023) as its large models were trained. The repository's default, vitl16_short, is
-# .but(n_prototypes=65536, targets=(Center,), patch=replace(dinov2.patch, head="shared"), ema=0.992).
+# .but(n_prototypes=65536, targets=(Center,), patch=replace(dinov2.patch, head="shared"), ema=0.992). Its epochs are
+# 1250 steps, so warm-ups in passes over the data depend on the batch (PAPER_RUNS converts them).
 dinov2 = ibot.but(
     paper="2304.07193", n_prototypes=131072, score=scores.dot, targets=(Sinkhorn,), ema=0.994,
     views=Views(2, 8, (0.32, 1.0), (0.05, 0.32)),

@@ -141,6 +141,10 @@ def prior_matching(p: Float[Tensor, "batch k"], prior: Float[Tensor, " k"]) -> F
         raise ValueError(f"a prior over {tuple(prior.shape)} does not fit {p.shape[-1]} prototypes")
     if not (prior > 0).all() or abs(float(prior.sum()) - 1) > 1e-3:
         raise ValueError("the prior must be positive and sum to one")
+    return _kl_to(p, prior)
+
+
+def _kl_to(p: Tensor, prior: Tensor) -> Tensor:
     marginal = wide(p).mean(0)
     return (marginal * (_log(marginal) - torch.log(prior.to(marginal)))).sum()
 
@@ -150,7 +154,7 @@ def power_law_matching(p: Float[Tensor, "batch k"], exponent: float) -> Float[Te
 
     With exponent 0 it is ln K - mean_entropy, MSN's up to its constant.
     """
-    return prior_matching(p, _power_law(p.shape[-1], exponent).to(p.device))
+    return _kl_to(p, _power_law(p.shape[-1], exponent, p.device))
 
 
 def power_law(k: int, exponent: float) -> Float[Tensor, " k"]:
@@ -160,8 +164,8 @@ def power_law(k: int, exponent: float) -> Float[Tensor, " k"]:
     return _power_law(k, exponent).float()
 
 
-def _power_law(k: int, exponent: float) -> Tensor:
-    weights = torch.arange(1, k + 1, dtype=torch.float64) ** -float(exponent)
+def _power_law(k: int, exponent: float, device: torch.device | None = None) -> Tensor:
+    weights = torch.arange(1, k + 1, dtype=torch.float64, device=device) ** -float(exponent)
     return weights / weights.sum()
 
 

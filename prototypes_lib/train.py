@@ -249,6 +249,8 @@ class _Trainer:
         metrics |= {k: v.item() for k, v in (out.parts | out.meters).items()}
         if learner.method.n_prototypes:
             metrics["M"] = unique_prototypes(learner.teacher.prototypes.w).count
+        if learner.teacher.patch_prototypes is not None:
+            metrics["M_patches"] = unique_prototypes(learner.teacher.patch_prototypes.w).count
         return metrics | {"lr": float(self.lr[step]), "teacher_temp": float(self.temperature[step])}
 
     def check_finite(self, step: int) -> None:

@@ -215,3 +215,10 @@ def test_features_of_a_resnet_are_float32_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         features, patches = backbone(torch.randn(2, 3, 32, 32))
     assert features.dtype == patches.dtype == torch.float32
+
+
+def test_stochastic_depth_rises_with_depth_or_is_uniform():
+    rates = lambda net: [getattr(block.drop_path1, "drop_prob", 0.0) for block in net.vit.blocks]
+    rising = Backbone("vit_nano_patch8", 32, drop_path_rate=0.3)
+    uniform = Backbone("vit_nano_patch8", 32, drop_path_rate=0.3, uniform_drop_path=True)
+    assert rates(rising) == pytest.approx([0.0, 0.1, 0.2, 0.3]) and rates(uniform) == [0.3] * 4

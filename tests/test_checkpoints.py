@@ -30,6 +30,10 @@ def test_prototypes_and_backbone_come_back_from_a_run_and_from_its_export(finish
     assert torch.equal(a, b)
 
 
+def test_a_loaded_backbone_is_in_eval_mode(finished):
+    assert not any(module.training for module in checkpoints.load_backbone(finished.folder).modules())
+
+
 def test_an_export_speaks_timms_and_dinos_names(finished, tmp_path):
     out = checkpoints.export(finished.folder, tmp_path / "export")
     backbone, head = load_file(out / "backbone.safetensors"), load_file(out / "head.safetensors")
@@ -119,3 +123,16 @@ def test_batchnorms_statistics_survive_a_run_and_its_export(tmp_path):
     for one, other in zip(loaded.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert int(loaded.cnn.bn1.num_batches_tracked) > 0 and float(loaded.cnn.bn1.running_mean.abs().max()) > 0
+
+
+def test_a_patch_head_of_its_own_is_exported_and_read(tmp_path):
+    method = METHODS["dinov2"].but(n_prototypes=12, views=Views(2, 1))
+    run = Run.small(limit=64, batch_size=32, epochs=1.0, warmup_epochs=0.0, out=tmp_path, progress=False, device="cpu")
+    result = train(method, run, "dinov2")
+    assert result.last["M_patches"] <= 12
+    checkpoints.export(result.folder, tmp_path / "export")
+    for path in (result.folder, tmp_path / "export"):
+        crops, patches = (checkpoints.load_prototypes(path, of=of) for of in ("crops", "patches"))
+        assert crops.shape == patches.shape and not torch.equal(crops, patches)
+    with pytest.raises(ValueError, match="crops"):
+        checkpoints.load_prototypes(train(METHODS["simdino"].but(views=Views(2, 1)), run, "sim").folder, of="patches")

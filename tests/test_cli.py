@@ -1,6 +1,7 @@
 import dataclasses
 import inspect
 import io
+import json
 import re
 import subprocess
 import sys
@@ -148,3 +149,18 @@ def test_a_paper_run_gives_the_defaults_and_other_options_change_them(tmp_path, 
         assert said.startswith("error: ") and said.count("\n") == 1 and "paper" in said
     assert call("train", "--paper-run", "msn-vits16", "--data", str(tmp_path / "nowhere")) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_small_and_a_paper_run_exclude_each_other_and_imagenet_wants_a_folder(capsys):
+    assert call("train", "--paper-run", "msn-vits16", "--small") == 2
+    assert "leave one out" in capsys.readouterr().err
+    assert call("train", "--paper-run", "msn-vits16") == 2
+    assert "--data PATH" in capsys.readouterr().err
+
+
+def test_an_option_of_the_backbone_reaches_it(tmp_path, capsys):
+    small = ("--small", "--limit", "64", "--batch-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--no-progress")
+    words = ("--n-local", "1", "--out", str(tmp_path), "--backbone-option", "reg_tokens", "2", "--ema", "0")
+    assert call("train", "simdino", *small, *words, "--ema-end", "0") == 0
+    config = json.loads((tmp_path / capsys.readouterr().out.strip().splitlines()[-1] / "config.json").read_text())
+    assert config["run"]["backbone_options"] == {"reg_tokens": 2} and config["method"]["ema_end"] == 0

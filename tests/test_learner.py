@@ -96,6 +96,19 @@ def test_without_ema_the_student_is_its_own_teacher():
     assert torch.isfinite(step.loss)
 
 
+@pytest.mark.parametrize("name", ["simdino", "simdinov2"])
+def test_without_a_teacher_no_gradient_flows_through_the_targets(name):
+    """The student's gradient is that beside a frozen copy of itself, for crops and for patches."""
+    alone, apart = make(small(name, ema=None)), make(small(name))
+    apart.student.load_state_dict(alone.student.state_dict())
+    apart.teacher.load_state_dict(alone.student.state_dict())
+    views, masks = batch(alone.method)
+    for each in (alone, apart):
+        each(views, masks, 0.05).loss.backward()
+    for (where, p), q in zip(alone.student.named_parameters(), apart.student.parameters(), strict=True):
+        assert not p.requires_grad or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), where
+
+
 def test_the_teacher_has_no_stochastic_depth():
     method = small("dino")
     backbone = Backbone("vit_pico_patch8", 32, drop_path_rate=0.5)
@@ -324,3 +337,14 @@ def test_a_network_without_what_the_method_needs_is_refused():
         prototypes = Prototypes(24, 8, True) if name == "dinov2" else None
         with pytest.raises(ValueError, match=f"needs {lacks}"):
             Learner(small(name), Network(backbone, Projector(64, 32, 8), prototypes))
+
+
+def test_msn_projects_crops_of_each_size_apart_and_the_others_together():
+    """BatchNorm in the projector normalizes MSN's large anchor without the small ones, as its code does."""
+    views, masks = batch(small("msn"))
+    apart, joint = (make(small("msn", joint_projector=joint), batch_norm=True) for joint in (False, True))
+    alone = apart.student.projector.mlp[1]
+    seen = []
+    alone.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    losses = [learner(views, masks, 0.025).loss for learner in (apart, joint)]
+    assert seen == [len(views[0]), 3 * len(views[0])] and not torch.isclose(*losses, atol=1e-6)

@@ -201,3 +201,17 @@ def test_coefficients_are_read_at_a_share_of_the_run_also_inside_a_partial():
 def test_views_are_changed_without_losing_who_makes_targets():
     views = dataclasses.replace(METHODS["msn"].views, n_local=3)
     assert (views.n_targets, views.colors, views.n_local) == (1, "msn", 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: METHODS["msn"].but(views=Views(1, 4, n_targets=1)), "sees none"),
+        (lambda: METHODS["dino"].but(n_prototypes=0), r"targets=\(\)"),
+        (lambda: Warmup(0.04, 0.07, -3), "-3 epochs"),
+        (lambda: Patch(min_area=0), "min_area"),
+    ],
+)
+def test_what_would_do_something_else_than_it_says_is_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -60,8 +60,18 @@ def test_what_the_repositories_do_beside_their_large_models_is_one_change_away()
     assert PAPER_RUNS["swav-resnet50"].method.queue is None and PAPER_RUNS["swav-resnet50-bs256"].method.queue
     weight, matching, place = PAPER_RUNS["pmsn-vits16-inat"].method.regularizers[0]
     assert (weight, matching.keywords["exponent"], place) == (5.0, 0.25, "probabilities")
-    groups = PAPER_RUNS["simdino-vitb16"].method.regularizers[0][1].keywords["groups"]
-    assert groups == 8 and METHODS["simdino"].regularizers[0][1].keywords.get("groups", 1) == 1
+    for name in ("simdino-vitb16", "simdinov2-vitl16"):  # the Gram matrix of each GPU by itself
+        assert PAPER_RUNS[name].method.regularizers[0][1].keywords["groups"] == 8
+    assert METHODS["simdino"].regularizers[0][1].keywords.get("groups", 1) == 1
+
+
+def test_positions_stochastic_depth_and_precision_are_the_codes_own():
+    official = [name for name in PAPER_RUNS if "resnet" not in name and not name.startswith("simdinov2")]
+    assert all(PAPER_RUNS[name].run.backbone_options["interpolation"] == "official" for name in official)
+    for name in ("dinov2-vitl16-short", "dinov2-vitl14", "simdinov2-vitb16"):
+        assert PAPER_RUNS[name].run.backbone_options["uniform_drop_path"]
+    assert {paper.run.precision for paper in PAPER_RUNS.values()} == {"fp32", "bf16"}  # no stopwatch chooses
+    assert PAPER_RUNS["dino-vits16"].run.precision == "fp32"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
