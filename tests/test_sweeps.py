@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from prototypes_lib import sweeps
+from prototypes_lib import checkpoints, data, evaluate, sweeps
 from prototypes_lib.methods import METHODS, Views
 from prototypes_lib.settings import Run
 from prototypes_lib.sweeps import Job
@@ -33,6 +33,21 @@ def test_rows_come_in_the_order_of_the_jobs_with_all_that_a_result_needs(rows):
         assert 0 <= low <= accuracy <= high <= 100 and row["diverged"] is None
         assert [point["step"] for point in row["curve"]] == [2, 4]
     assert rows[0]["last"]["M"] == 16 and "M" not in rows[1]["last"]
+
+
+def test_rows_keep_the_order_of_the_jobs_whatever_ends_first(tmp_path, monkeypatch):
+    ended = [(i, {"name": str(i), "seed": 0, "diverged": 1, "seconds": 0.0}) for i in (2, 0, 1)]
+    monkeypatch.setattr(sweeps, "_each", lambda work, jobs, workers: ended)
+    rows = sweeps.sweep([job("dino", tmp_path, seed=seed) for seed in range(3)], workers=2)
+    assert [row["name"] for row in rows] == ["0", "1", "2"]
+
+
+def test_a_row_has_the_knn_of_the_runs_teacher_on_the_test_images_and_tells_the_best(rows):
+    backbone = checkpoints.load_backbone(rows[0]["folder"])
+    sets = [data.load("cifar10-5k", split, limit=200, progress=False) for split in ("train", "test")]
+    found = evaluate.knn(*(evaluate.extract(backbone, images, size=32) for images in sets))
+    assert rows[0]["knn"] == found.accuracy and rows[0]["n_test"] == 200
+    assert sweeps.best(rows[0])[0] == max(found.accuracy.values()) > min(found.accuracy.values())
 
 
 def test_a_run_that_diverges_is_a_row_that_says_when(tmp_path):

@@ -1,0 +1,439 @@
+"""The faults that mutations.py plants: mistakes one makes while writing such code, one line or a few each.
+
+A fault replaces `old`, which stands exactly once in its file, by `new`. `tests` are run first; where they say nothing,
+the tests of the whole family (mutations.SECOND) have their turn.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """name: what is wrong. file: inside prototypes_lib. tests: those to run first, by the file's name if none."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        stem = self.file.rsplit("/", 1)[-1].removesuffix(".py")
+        return tuple(f"tests/test_{name}.py" for name in self.tests or (stem,))
+
+
+def _in(file: str, *faults: tuple[str, str, str], tests: tuple[str, ...] = ()) -> list[Fault]:
+    return [Fault(name, file, old, new, tests) for name, old, new in faults]
+
+
+FAULTS: list[Fault] = [
+    *_in(
+        "objectives.py",
+        (
+            "cross-entropy from the student to the teacher",
+            "-(targets * torch.where(targets > 0, log_p, 0.0)).sum(-1)",
+            "-(log_p.exp() * torch.log(targets.clamp_min(1e-30))).sum(-1)",
+        ),
+        (
+            "a view is compared with itself too",
+            "        n = len(teacher) - (v < len(teacher))\n        if n:\n"
+            "            others = (total - teacher[v]) if v < len(teacher) else total\n",
+            "        n = len(teacher)\n        if n:\n            others = total\n",
+        ),
+        ("the mean over student views, not over pairs", "return loss / pairs", "return loss / len(student)"),
+        (
+            "the weight of a sample is dropped",
+            "sum(-1)  # 0 log 0 is 0\n    return loss.mean() if weight is None else (weight * loss).sum()",
+            "sum(-1)  # 0 log 0 is 0\n    return loss.mean()",
+        ),
+        ("codes are pushed apart", "loss = 1 - (wide(a)", "loss = 1 + (wide(a)"),
+    ),
+    *_in(
+        "assignment.py",
+        (
+            "Sinkhorn normalizes over the wrong axis",
+            "torch.where(void, log_q, torch.log_softmax(log_q, dim=0))",
+            "torch.where(void, log_q, torch.log_softmax(log_q, dim=1))",
+        ),
+        ("Sinkhorn takes one step too few", "for _ in range(self.steps):", "for _ in range(self.steps - 1):"),
+        ("the center is not saved", "dtype=torch.float64))  # K", "dtype=torch.float64), persistent=False)  # K"),
+        (
+            "the center is updated before it is used",
+            "return centered\n",
+            "return scores - self.center.to(scores.dtype) / scale\n",
+        ),
+        (
+            "the center's momentum is reversed",
+            "(self.center.dtype), 1 - self.momentum)",
+            "(self.center.dtype), self.momentum)",
+        ),
+        ("the center moves in eval mode", "if self.training and len(scores):", "if len(scores):"),
+        ("the logit center forgets the temperature", "scores.mean(0) * tau, scale=tau", "scores.mean(0), scale=1.0"),
+        (
+            "the probability center is divided by tau",
+            "self._centered(scores, batch, scale=1.0)",
+            "self._centered(scores, batch, scale=tau)",
+        ),
+        (
+            "the mean of logs in place of the log of the mean",
+            "torch.logsumexp(log_p, dim=0) - math.log(max(len(scores), 1))",
+            "log_p.mean(0)",
+        ),
+        ("Eq. 9 as printed is ignored", "scores - log_normalizer if self.literal else scores", "scores"),
+        ("two methods share one center", "return copy.deepcopy(target)", "return target"),
+        ("Normalize does nothing", "return torch.log_softmax(wide(log_scores), dim=-1)", "return wide(log_scores)"),
+    ),
+    *_in(
+        "regularizers.py",
+        ("the sign of KoLeo", "return -torch.cat(logs)", "return torch.cat(logs)"),
+        ("KoLeo of vectors that are not normalized", "    x = directions(x)\n", "    x = wide(x)\n"),
+        ("a vector is its own neighbor beyond the first block", "similarity[own, own + start]", "similarity[own, own]"),
+        ("eps is not squared", "dim / (n * eps**2)", "dim / (n * eps)"),
+        (
+            "gamma is halved",
+            "return (1 / z.shape[1] + 1 / len(z)) * rate",
+            "return (1 / z.shape[1] + 1 / len(z)) * rate / 2",
+        ),
+        ("groups are ignored", "reshape(groups, n // groups, dim)", "reshape(1, n, dim)"),
+        ("logdet in place of its half", "half_logdet = torch.log(factor", "half_logdet = 2 * torch.log(factor"),
+        (
+            "the mean of entropies in place of the entropy of the mean",
+            "    marginal = wide(p).mean(0)\n    return -(marginal * _log(marginal)).sum()",
+            "    return -(wide(p) * _log(wide(p))).sum(-1).mean()",
+        ),
+        (
+            "KL in the other direction",
+            "return (marginal * (_log(marginal) - torch.log(prior.to(marginal)))).sum()",
+            "return (prior.to(marginal) * (torch.log(prior.to(marginal)) - _log(marginal))).sum()",
+        ),
+        ("the power law rises", "** -float(exponent)", "** float(exponent)"),
+    ),
+    *_in(
+        "methods.py",
+        (
+            "a coefficient runs backwards",
+            "self.end + 0.5 * (self.start - self.end)",
+            "self.start + 0.5 * (self.end - self.start)",
+        ),
+        (
+            "lengths of dot's prototypes are not free",
+            "return self.score is not scores.cosine and",
+            "return self.score is scores.vmf and",
+        ),
+        (
+            "MSN's target is an anchor too",
+            "return 1 if self.views.n_targets == 1 and self.patch is None else 0",
+            "return 0",
+        ),
+        (
+            "MSN makes the mean entropy small",
+            '((-1.0, mean_entropy, "probabilities"),)',
+            '((1.0, mean_entropy, "probabilities"),)',
+        ),
+        (
+            "KoLeo-proto falls on the features",
+            '_method.plus(0.1, koleo, on="prototypes")',
+            '_method.plus(0.1, koleo, on="features")',
+        ),
+    ),
+    *_in(
+        "learner.py",
+        (
+            "targets at the student's temperature",
+            "(n_targets, -1)), teacher_temp, epoch)",
+            "(n_targets, -1)), method.student_temp, epoch)",
+        ),
+        (
+            "predictions at the teacher's temperature",
+            "prototypes.w, self.method.student_temp)",
+            "prototypes.w, self.method.teacher_temp.end)",
+        ),
+        (
+            "the student's own codes are not detached",
+            "codes[: n_targets * len(views[0])].detach()",
+            "codes[: n_targets * len(views[0])]",
+        ),
+        (
+            "the teacher's codes have a gradient",
+            "    @torch.no_grad()\n    def _teacher_codes",
+            "    def _teacher_codes",
+        ),
+        (
+            "the targets of patches have a gradient",
+            "        with torch.no_grad():\n            seen",
+            "        if True:\n            seen",
+        ),
+        (
+            "the teacher never moves",
+            "_foreach_lerp_(teacher, student, 1 - momentum)",
+            "_foreach_lerp_(teacher, student, 0.0)",
+        ),
+        (
+            "the teacher's momentum is reversed",
+            "_foreach_lerp_(teacher, student, 1 - momentum)",
+            "_foreach_lerp_(teacher, student, momentum)",
+        ),
+        ("the teacher drops residual branches", "            _without_drop_path(self.teacher)", "            pass"),
+        ("the teacher has prototypes of its own", "self.teacher.prototypes = self.student.prototypes", "pass"),
+        ("plain prototypes are not set to unit length", "prototypes.renormalize()", "pass"),
+        (
+            "the patch loss is over all patches",
+            "        hidden = patches[masks.flatten(1)]",
+            "        masks = torch.ones_like(masks) if method.patch else masks\n"
+            "        hidden = patches[masks.flatten(1)]",
+        ),
+        (
+            "masked patches weigh alike, not images",
+            "(masked / (per_image * len(masked)))[masked]",
+            "(masked / masked.sum())[masked]",
+        ),
+        (
+            "images without a mask are left out of the mean",
+            "(per_image * len(masked))",
+            "(per_image * masked.any(1).sum())",
+        ),
+        (
+            "patch targets always from all patches",
+            'torch.ones_like(masked) if method.patch.targets_from == "all" else masked',
+            "torch.ones_like(masked)",
+        ),
+        ("patch targets of other places", "targets[masked[seen]]", "targets[: len(prediction)]"),
+        ("the student sees the masked patches", 'return {"mask": masks}', "return {}"),
+        (
+            "the patch drop keeps what it should drop",
+            "torch.nonzero(~masks.flatten())",
+            "torch.nonzero(masks.flatten())",
+        ),
+        ("patches' own projector is ignored", "own, projector = self.student.patch_projector", "own, projector = None"),
+        (
+            "patches' own prototypes are ignored",
+            "self.student.patch_prototypes or self.student.prototypes",
+            "self.student.prototypes",
+        ),
+        (
+            "patches share the crops' center",
+            "self._assign(self.patch_chain, targets",
+            "self._assign(self.chain, targets",
+        ),
+        ("the queue is never used", "if int(self.filled[i]) >= length else codes", "if False else codes"),
+        ("the queue is used before it is full", "int(self.filled[i]) >= length", "int(self.filled[i]) > 0"),
+        (
+            "the queue is not saved",
+            "prototypes.weight_v.shape[1]))",
+            "prototypes.weight_v.shape[1]), persistent=False)",
+        ),
+        (
+            "the queue keeps its oldest codes",
+            "self.codes[i] = torch.cat([codes, past])[:length]",
+            "self.codes[i] = torch.cat([past, codes])[:length]",
+        ),
+        ("the queue starts at once", "if epoch < self.epoch:", "if False:"),
+        (
+            "SwAV's views are balanced together",
+            "groups = t_codes.flatten(0, 1)[None] if self.method.joint_targets else t_codes",
+            "groups = t_codes.flatten(0, 1)[None]",
+        ),
+        (
+            "views are centered one after the other",
+            "groups = t_codes.flatten(0, 1)[None] if self.method.joint_targets else t_codes",
+            "groups = t_codes",
+        ),
+        (
+            "MSN's large anchor counts as its own target",
+            "list(predictions.chunk(len(views) - first)), first)",
+            "list(predictions.chunk(len(views) - first)), 0)",
+        ),
+        (
+            "KoLeo is averaged over crops",
+            '/ (1 if place == "features" else max(len(values), 1))',
+            "/ max(len(values), 1)",
+        ),
+        ("averaged codes without the teacher's", "(0.5 * (codes[:n] + t_codes))", "codes[:n]"),
+        ("the weight of the image term is ignored", "at(method.image_weight, progress) * image", "image"),
+    ),
+    *_in(
+        "heads.py",
+        (
+            "codes are not normalized",
+            "return F.normalize(wide(self.mlp(x)), dim=-1, eps=1e-6)",
+            "return wide(self.mlp(x))",
+        ),
+        ("the length of unit prototypes is trained", "requires_grad=free_norms and not plain", "requires_grad=True"),
+        ("all prototypes are set to unit length", "        if self.plain:\n", "        if True:\n"),
+    ),
+    *_in(
+        "vmf.py",
+        ("the sign of the derivative of log C_p", "return -grad * kappa * _Slope", "return grad * kappa * _Slope"),
+        (
+            "the second derivative at the wrong order",
+            "_Slope.apply(kappa, ctx.dim + 2) - h",
+            "_Slope.apply(kappa, ctx.dim + 1) - h",
+        ),
+        ("nu = p / 2", "- _bessel(kappa, dim / 2 - 1)[0]", "- _bessel(kappa, dim / 2)[0]"),
+        ("the sampler's envelope has another constant", "m * math.log(4 * b", "m * math.log(2 * b"),
+        ("EM divides by all samples", "fit_concentration(length / mass, dim)", "fit_concentration(length / n, dim)"),
+    ),
+    *_in(
+        "scores.py",
+        ("log C_p is missing", "return logits + _vmf.log_normalizer(kappa, w.shape[-1], terms=terms)", "return logits"),
+        ("kappa forgets the temperature", "w.to(logits.dtype), dim=-1) / tau", "w.to(logits.dtype), dim=-1)"),
+        ("cosine keeps the lengths", "return dot(y, directions(w), tau)", "return dot(y, w, tau)"),
+    ),
+    *_in(
+        "collapse.py",
+        (
+            "near-copies at a distance of exactly eps",
+            "1 - similarity.amax(dim=-1) < eps",
+            "1 - similarity.amax(dim=-1) <= eps",
+        ),
+        (
+            "a prototype joins the nearest representative",
+            "(1 - similarity[hit] < eps).int().argmax(dim=-1)",
+            "similarity[hit].argmax(dim=-1)",
+        ),
+        ("the void set points at the data", "mask = 1 + cosine < eps", "mask = 1 - cosine < eps"),
+        (
+            "the softmax of the mean in place of the mean softmax",
+            "p = torch.softmax(log_scores, -1).mean(0)",
+            "p = torch.softmax(log_scores.mean(0), -1)",
+        ),
+    ),
+    *_in(
+        "schedules.py",
+        (
+            "the warm-up is off by one",
+            "np.linspace(warmup_from, start, warmup_steps)",
+            "np.linspace(warmup_from, start, warmup_steps + 1)[:-1]",
+        ),
+        ("the cosine is longer by the warm-up", "round(stretch * steps) - warmup_steps", "round(stretch * steps)"),
+    ),
+    *_in(
+        "settings.py",
+        (
+            "the root of the batch is not taken",
+            "math.sqrt(self.batch_size / self.lr_batch_size)",
+            "(self.batch_size / self.lr_batch_size)",
+        ),
+        tests=("schedules",),
+    ),
+    *_in(
+        "optimizers.py",
+        ("layer decay is off by one", "(student.backbone.n_layers + 1 - ", "(student.backbone.n_layers - "),
+        (
+            "the prototypes' factor of weight decay is ignored",
+            "float(matrix) * (run.prototype_weight_decay if prototypes else 1.0)",
+            "float(matrix)",
+        ),
+        ("norms decay", 'not (name.endswith(".bias") or parameter.ndim == 1)', 'not name.endswith(".bias")'),
+        ("modules are clipped as one", 'if run.clip == "module" else "all"', 'if False else "all"'),
+        ("everything is clipped tensor by tensor", 'if run.clip != "tensor":', "if False:"),
+        (
+            "the prototypes of patches count as projector",
+            '(("prototypes.", "patch_prototypes."))',
+            '(("prototypes.",))',
+        ),
+    ),
+    *_in(
+        "train.py",
+        (
+            "prototypes are never frozen",
+            'frozen = run.freeze_by if step < self.freeze_steps else "not"',
+            'frozen = "not"',
+        ),
+        ("prototypes are frozen a step longer", "step < self.freeze_steps", "step <= self.freeze_steps"),
+        (
+            "the teacher's momentum is constant",
+            "rise(method.ema or 0.0, method.ema_end,",
+            "rise(method.ema or 0.0, method.ema or 0.0,",
+        ),
+        ("the teacher is never updated", "        learner.update_teacher(float(self.momentum[step]))\n", ""),
+        (
+            "the teacher moves before the student",
+            "        self.optimizer.step()\n        learner.update_teacher(float(self.momentum[step]))\n",
+            "        learner.update_teacher(float(self.momentum[step]))\n        self.optimizer.step()\n",
+        ),
+        ("gradients are not clipped", "        clip_gradients(learner.student, run)\n", ""),
+        ("gradients of steps add up", "        self.optimizer.zero_grad()\n        out.loss", "        out.loss"),
+        ("norms and biases get the decay too", 'self.weight_decay[step] * group["decays"]', "self.weight_decay[step]"),
+        ("factors of the learning rate are ignored", 'self.lr[step] * group["lr_factor"]', "self.lr[step]"),
+        ("views ignore the step", '_generator(run.seed, "views", step)', '_generator(run.seed, "views")'),
+        (
+            "the order of images is that of every epoch",
+            '_generator(run.seed, "order", epoch)',
+            '_generator(run.seed, "order")',
+        ),
+        ("stochastic depth is not seeded", '        torch.manual_seed(_number(run.seed, "network", step))', "       "),
+        ("the rehearsal leaves a trace", "        self.learner.load_state_dict(memory)\n", ""),
+        (
+            "a resumed run starts with a fresh optimizer",
+            "checkpoints.load(folder, done[-1], learner, optimizer)",
+            "checkpoints.load(folder, done[-1], learner)",
+        ),
+        ("metrics after the checkpoint are kept", 'log.rewind(state["step"])', "log.rewind(trainer.steps)"),
+        (
+            "the seed is no part of the hash",
+            '("device", "out", "progress", "root", "checkpoint_epochs")',
+            '("device", "out", "progress", "root", "checkpoint_epochs", "seed")',
+        ),
+        ("a diverged network is saved", "            trainer.check_finite(step)\n", ""),
+        ("masks of patches are not stratified", "stratified=patch.stratified", "stratified=False"),
+        ("the probability of a mask is always a half", "masked=patch.probability", "masked=0.5"),
+        ("the least area of a block is the default", "min_area=patch.min_area", "min_area=None"),
+        tests=("trainer", "train"),
+    ),
+    *_in(
+        "checkpoints.py",
+        (
+            "the optimizer is not saved",
+            '"optimizer.safetensors": _optimizer_tensors(optimizer)',
+            '"optimizer.safetensors": {}',
+        ),
+        ("the oldest checkpoints are kept", "steps(folder)[:-keep]", "steps(folder)[keep:]"),
+        (
+            "the student's prototypes in place of the teacher's",
+            '_strip(tensors, f"{network}.{patch}prototypes.")',
+            '_strip(tensors, f"student.{patch}prototypes.")',
+        ),
+        ("a backbone comes back in train mode", "return backbone.eval()", "return backbone"),
+        tests=("checkpoints", "train"),
+    ),
+    *_in(
+        "masks.py",
+        ("as many patches are kept as should be dropped", ".view(grid) >= kept", ".view(grid) < kept"),
+        ("stratified ratios are drawn independently", "if not stratified:", "if True:"),
+        ("a block may exceed the quota", "fits & (new > 0) & (new <= remaining)", "fits & (new > 0)"),
+    ),
+    *_in(
+        "views.py",
+        (
+            "local crops with the scale of global ones",
+            "(self.local_size, self.local_scale,",
+            "(self.local_size, self.global_scale,",
+        ),
+        ("every global crop is the first", "(self.first, *further)", "(self.first,) * self.n_global"),
+        ("no antialiasing", "/ scale.clamp_min(1)).abs_()", ").abs_()"),
+        ("normalized in the wrong order", "x.sub_(mean).div_(std)", "x.div_(std).sub_(mean)"),
+    ),
+    *_in(
+        "evaluate/knn.py",
+        ("kNN ignores its temperature", "similarity[:, :1]) / temperature)", "similarity[:, :1]) / 0.07)"),
+        ("kNN by products of raw features", "bank = directions(train.x.to(device))", "bank = train.x.to(device)"),
+        ("Wilson's interval at 90 %", "z: float = 1.96", "z: float = 1.645"),
+    ),
+    *_in(
+        "evaluate/features.py",
+        ("features in train mode", "backbone.eval().to(device)", "backbone.to(device)"),
+    ),
+    *_in(
+        "sweeps.py",
+        ("the worst k is reported", 'max(row["knn"], key=', 'min(row["knn"], key='),
+        (
+            "kNN of training images in place of test images",
+            'for split in (run.split, "test")',
+            "for split in (run.split, run.split)",
+        ),
+        ("rows in the order in which runs end", "rows[i] = row", "rows[done - 1] = row"),
+        ("a divergence is no part of its row", '"diverged": step,', '"diverged": None,'),
+    ),
+]
