@@ -37,7 +37,7 @@ executed: setup  ## run the course and refresh notebooks/executed and notebooks/
 	$(BIN)/prototypes run --out $(OUT)
 	$(BIN)/python tools/refresh_executed.py $(OUT)
 
-records: setup  ## make every run of the comparing notebooks again (half an hour on two cores), then their executed copies
+records: setup  ## make every run of the comparing notebooks again (long), the extreme inputs and the planted faults
 	for n in 52 54 56 58; do \
 	  $(BIN)/prototypes run --only $$n --out $(OUT) --timeout 0 --total-timeout 0 -p scale cpu || exit 1; \
 	done
