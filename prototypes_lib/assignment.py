@@ -1,13 +1,14 @@
 """From teacher scores to targets: a chain of links, each mapping log-assignments (B, K) to log-assignments (B, K).
 
 A link corrects the scores of the prototypes so that none of them takes all the data; the softmax of the last link is
-the target. Everything is in the log domain and in float32 at least: the exponential of a score at temperature 0.04
-overflows float32 from a prototype norm of 3.55 on. Links that remember (the moving averages) keep their memory in a
-buffer, so that a checkpoint holds it.
+the target. Every link adds a number to each prototype's column and each sample's row, no more, so it maps `LogScores`,
+whose matrix is never whole in memory, to `LogScores`; a matrix goes in and comes out as one. Means and sums over
+samples are over the whole batch, wherever its ranks hold it. Everything is in the log domain and in float32 at least: the
+exponential of a score at temperature 0.04 overflows float32 from a prototype norm of 3.55 on. Links that remember (the
+moving averages) keep their memory in a buffer, so that a checkpoint holds it.
 """
 
 import copy
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -15,10 +16,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from prototypes_lib.blockwise import LogScores
 from prototypes_lib.precision import wide
 
 
-class _MovingCenter(nn.Module):
+class _Link(nn.Module):
+    """A link does its work in `shift`, on scores that may not be in memory."""
+
+    def shift(self, scores: LogScores, tau: float, log_normalizer: Tensor | None = None) -> LogScores:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(
+        self,
+        log_scores: Float[Tensor, "batch k"],
+        tau: float = 1.0,
+        log_normalizer: Float[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "batch k"]:
+        """log_normalizer: the log C_p that is in the scores, for the link that is to leave it out of P."""
+        return self.shift(LogScores(wide(log_scores)), tau, log_normalizer).matrix()
+
+
+class _MovingCenter(_Link):
     """c <- m c + (1 - m) c_batch, subtracted from the scores; the average sees a batch after it has been centered.
 
     So step t uses the center of the steps before it, as the official code does; in eval mode c stays. With momentum 0
@@ -34,15 +53,16 @@ class _MovingCenter(nn.Module):
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(k, dtype=torch.float64))  # K numbers: precision is free
 
-    def _centered(self, scores: Tensor, batch_center: Tensor, scale: float) -> Tensor:
-        if scores.shape[-1] != self.center.shape[-1]:
-            raise ValueError(f"scores for {scores.shape[-1]} prototypes meet a center of {self.center.shape[-1]}")
+    def _centered(self, scores: LogScores, batch_center: Tensor, scale: float) -> LogScores:
+        if scores.k != self.center.shape[-1]:
+            raise ValueError(f"scores for {scores.k} prototypes meet a center of {self.center.shape[-1]}")
         # the score -inf of a prototype nobody can reach stays so
         center = torch.where(batch_center.isfinite(), batch_center, 0.0) if self.momentum == 0 else self.center
-        centered = scores - center.to(scores.dtype) / scale
-        if self.training and len(scores):  # a batch without samples (no patch masked) leaves the memory alone
+        centered = scores.plus(-center.to(scores.codes.dtype) / scale)
+        if self.training:  # a batch without samples (no patch masked) leaves the memory alone
             new = torch.lerp(self.center, batch_center.to(self.center.dtype), 1 - self.momentum)
-            self.center.copy_(torch.where(torch.isfinite(new), new, self.center))  # infinities are not remembered
+            remembered = torch.isfinite(new) & (scores.size() > 0)  # infinities are not
+            self.center.copy_(torch.where(remembered, new, self.center))
         return centered
 
     def extra_repr(self) -> str:
@@ -56,10 +76,8 @@ class Center(_MovingCenter):
     leave tau at 1 only where the scores are such logits.
     """
 
-    @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
-        scores = wide(log_scores)
-        return self._centered(scores, scores.mean(0) * tau, scale=tau)
+    def shift(self, scores: LogScores, tau: float, log_normalizer: Tensor | None = None) -> LogScores:
+        return self._centered(scores, scores.means() * tau, scale=tau)
 
 
 class ProbabilityCenter(_MovingCenter):
@@ -75,31 +93,22 @@ class ProbabilityCenter(_MovingCenter):
         super().__init__(k, momentum)
         self.literal = literal
 
-    @torch.no_grad()
-    def forward(
-        self,
-        log_scores: Float[Tensor, "batch k"],
-        tau: float = 1.0,
-        log_normalizer: Float[Tensor, " k"] | None = None,
-    ) -> Float[Tensor, "batch k"]:
+    def shift(self, scores: LogScores, tau: float, log_normalizer: Tensor | None = None) -> LogScores:
         """log_normalizer: the log C_p of each prototype that is in the scores, where `literal` is to leave it out."""
-        scores = wide(log_scores)
         if self.literal and log_normalizer is None:
             raise ValueError("literal=True leaves log C_p out of P: pass the log_normalizer that is in the scores")
-        log_p = torch.log_softmax(scores - log_normalizer if self.literal else scores, dim=-1)
-        batch = torch.logsumexp(log_p, dim=0) - math.log(max(len(scores), 1))
-        return self._centered(scores, batch, scale=1.0)
+        _, log_sums = (scores.plus(-log_normalizer) if self.literal else scores).sweep(normalize=True)
+        return self._centered(scores, log_sums - scores.size().clamp_min(1).log(), scale=1.0)
 
 
-class Normalize(nn.Module):
+class Normalize(_Link):
     """log softmax over the prototypes: the start from which one Sinkhorn step is probability centering (PPC, Eq. 2)."""
 
-    @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
-        return torch.log_softmax(wide(log_scores), dim=-1)
+    def shift(self, scores: LogScores, tau: float, log_normalizer: Tensor | None = None) -> LogScores:
+        return scores.normalized()
 
 
-class Sinkhorn(nn.Module):
+class Sinkhorn(_Link):
     """Sinkhorn-Knopp: `steps` times give every prototype equal mass, then every sample mass one (SwAV, DINOv2, MSN).
 
     The last half-step is the samples', so rows of the result sum to one and prototypes only nearly to B / K. Started
@@ -112,16 +121,12 @@ class Sinkhorn(nn.Module):
             raise ValueError(f"steps={steps}: Sinkhorn needs at least one step")
         self.steps = steps
 
-    @torch.no_grad()
-    def forward(self, log_scores: Float[Tensor, "batch k"], tau: float = 1.0) -> Float[Tensor, "batch k"]:
-        log_q = wide(log_scores)
-        if not len(log_q):
-            return log_q
-        for _ in range(self.steps):
-            void = log_q.amax(dim=0, keepdim=True) == -torch.inf  # a prototype nobody can reach stays so
-            log_q = torch.where(void, log_q, torch.log_softmax(log_q, dim=0))  # over samples: equal shares
-            log_q = torch.log_softmax(log_q, dim=1)  # over prototypes: a sample is one sample
-        return log_q
+    def shift(self, scores: LogScores, tau: float, log_normalizer: Tensor | None = None) -> LogScores:
+        for step in range(self.steps):
+            scores, mass = scores.sweep(normalize=step > 0)  # over samples: equal shares
+            void = mass == -torch.inf  # a prototype nobody can reach stays so
+            scores = scores.plus(torch.where(void, 0.0, -mass))
+        return scores.normalized()  # over prototypes: a sample is one sample
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
@@ -144,11 +149,18 @@ class Chain(nn.Module):
         tau: float = 1.0,
         log_normalizer: Float[Tensor, " k"] | None = None,
     ) -> Float[Tensor, "batch k"]:
-        log_q = wide(log_scores)
+        scores = self.shift(LogScores(wide(log_scores)), tau, log_normalizer)
+        return torch.log_softmax(scores.matrix(), dim=-1)
+
+    @torch.no_grad()
+    def shift(self, scores: LogScores, tau: float, log_normalizer: Tensor | None = None) -> LogScores:
+        """Scores whose softmax is the target, for scores that are not in memory; a foreign link gets a matrix."""
         for link in self.links:
-            literal = getattr(link, "literal", False)
-            log_q = link(log_q, tau, log_normalizer) if literal else link(log_q, tau)
-        return torch.log_softmax(log_q, dim=-1)
+            if isinstance(link, _Link):
+                scores = link.shift(scores, tau, log_normalizer)
+            else:
+                scores = LogScores(wide(link(scores.matrix(), tau)), block=scores.block)
+        return scores
 
 
 def _build(target: Link, k: int) -> nn.Module:

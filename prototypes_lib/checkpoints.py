@@ -1,77 +1,176 @@
 """Files of a run: checkpoints to go on from, and exports for others to load. safetensors and JSON, never a pickle.
 
 A checkpoint is a folder `checkpoints/step-00000400/` with model.safetensors (student, teacher, centers), optimizer.
-safetensors and state.json. It is written aside and renamed, so a folder with that name is complete. Random numbers
-need no saving: every step draws its own from (seed, step).
+safetensors, state.json, config.json and a manifest of their checksums (storage.py). One that does not verify is never
+loaded: readers go back to the newest that does. Random numbers need no saving: every step draws its own from
+(seed, step).
+
+Checkpoints of version 0.1.0 have no manifest. They are taken where nothing in them is of a later version, state.json
+names their step and the safetensors files are whole to the byte; a flipped bit inside a tensor goes unseen there.
 """
 
 import json
-import os
 import re
-import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from prototypes_lib import storage
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.heads import Prototypes
 
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_EXPORT = ("backbone.safetensors", "head.safetensors", "about.json")
+
 
 def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], keep: int = 2
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    keep: int = 2,
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write checkpoint `state["step"]` of a run folder, then drop all but the newest `keep`."""
-    place = folder / "checkpoints" / f"step-{state['step']:08d}"
-    write_folder(
+    """Write checkpoint `state["step"]` of a run folder, then drop all that are older than the newest `keep` good ones.
+
+    state: what JSON can hold; "step" and "hash" (the run's) tell later whose it is. config: the run's config.json.
+
+    Raises OSError, one line, where it cannot be written; the older ones are then as they were.
+    """
+    if keep < 2:
+        raise ValueError(f"keep={keep}: keep at least 2 checkpoints, one for when the other is damaged")
+    folder = Path(folder)
+    place = _place(folder, state["step"])
+    storage.tidy(place.parent)
+    storage.write_folder(
         place,
         {"model.safetensors": _model_tensors(model), "optimizer.safetensors": _optimizer_tensors(optimizer)},
-        {"state.json": dict(state)},
+        {"state.json": dict(state) | {"format": storage.FORMAT}} | ({"config.json": dict(config)} if config else {}),
+        label=_label(state),
     )
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / "checkpoints" / f"step-{old:08d}")
+    good = 1  # the new one was read back
+    for step in reversed([step for step in steps(folder) if step != state["step"]]):
+        if good >= keep and step < state["step"]:
+            storage.remove(_place(folder, step))
+        elif damage(folder, step, state.get("hash")) is None:
+            good += 1
     return place
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a run folder, oldest first."""
-    names = [p.name for p in (folder / "checkpoints").glob("step-*")]
-    return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name)))
+    """Steps of the checkpoints in a run folder, oldest first; `newest` says which of them is good."""
+    names = [p.name for p in (Path(folder) / "checkpoints").glob("step-*") if p.is_dir()]
+    found = [int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name))]
+    return sorted(step for step in found if _place(Path(folder), step).name in names)
 
 
-def load(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def newest(folder: Path, expect_hash: str | None = None) -> int | None:
+    """Step of the newest checkpoint that verifies, None where there is none at all.
+
+    Each damaged one that is newer is named in a line on stderr. expect_hash: the run's; another run's is no good.
+
+    Raises ValueError where there are checkpoints and all are damaged: to start anew in silence would lose the run.
+    """
+    folder = Path(folder)
+    storage.tidy(folder / "checkpoints")
+    reason = ""
+    for step in reversed(steps(folder)):
+        reason = damage(folder, step, expect_hash)
+        if reason is None:
+            return step
+        print(f"{_place(folder, step)} is damaged and left out: {reason}", file=sys.stderr, flush=True)
+    if reason:
+        raise ValueError(
+            f"{folder / 'checkpoints'}: none of {len(steps(folder))} checkpoints can be used (the oldest: {reason}); "
+            f"put a good copy there, or delete {folder} to start anew"
+        )
+    return None
+
+
+def damage(folder: Path, step: int, expect_hash: str | None = None) -> str | None:
+    """Why checkpoint `step` of a run folder cannot be used, in a few words; None where all of it verifies."""
+    place = _place(Path(folder), step)
+    reason = storage.verify(place, _FILES)
+    if reason and (reason != f"{storage.MANIFEST} is missing" or not _is_of_0_1_0(place)):
+        return reason
+    try:
+        state = json.loads((place / "state.json").read_bytes())
+        found, owner = state["step"], state.get("hash")
+        labels = {name: storage.label_of(place / name) for name in _FILES[:2]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError):
+        return "its files cannot be read"
+    if found != step:
+        return f"it is the checkpoint of step {found} under another name"
+    if expect_hash is not None and owner != expect_hash:
+        return f"it belongs to another run (config hash {owner}, not {expect_hash})"
+    if not reason:
+        for name, label in labels.items():
+            if label != _label(state):
+                return f"{name} belongs to another checkpoint ({label or 'without a label'})"
+    return None
+
+
+def load(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    expect_hash: str | None = None,
+) -> dict[str, Any]:
     """Put a checkpoint back into a model and an optimizer of the same shapes, and return its state.
 
-    Raises FileNotFoundError without that checkpoint, RuntimeError where names or shapes differ.
+    Everything is checked before anything is changed: after an error model and optimizer are what they were.
+
+    Raises FileNotFoundError without that checkpoint, ValueError for a damaged one or another run's (expect_hash),
+    RuntimeError where names, shapes or types differ.
     """
-    place = Path(folder) / "checkpoints" / f"step-{step:08d}"
+    place = _place(Path(folder), step)
     if not place.is_dir():
         raise FileNotFoundError(f"{folder} holds no checkpoint of step {step}; it has {steps(Path(folder)) or 'none'}")
-    model.load_state_dict(_restore_aliases(model, load_file(place / "model.safetensors")))
+    if reason := damage(folder, step, expect_hash):
+        raise ValueError(f"{place} is damaged: {reason}; delete it to go on from an older one")
+    state = json.loads((place / "state.json").read_bytes())
+    tensors = _restore_aliases(model, load_file(place / "model.safetensors"))
+    _check_same(f"{place.name}/model.safetensors", tensors, model.state_dict())
     if optimizer is not None:
-        _load_optimizer(optimizer, load_file(place / "optimizer.safetensors"))
-    return json.loads((place / "state.json").read_text())
+        entries = _optimizer_entries(optimizer, load_file(place / "optimizer.safetensors"), place)
+        groups = optimizer.state_dict()["param_groups"]
+    model.load_state_dict(tensors)
+    if optimizer is not None:
+        optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    return {key: value for key, value in state.items() if key != "format"}
 
 
-def write_folder(place: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, Any]) -> None:
-    """Write files into a temporary folder beside `place`, flush them to disk, and rename: all of it or nothing."""
-    place = Path(place)
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name, content in tensors.items():
-        save_file(dict(content), aside / name)
-    for name, content in texts.items():
-        (aside / name).write_text(json.dumps(content, indent=2))
-    for path in aside.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if place.exists():
-        shutil.rmtree(place)
-    aside.rename(place)
+def _place(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def _label(state: Mapping[str, Any]) -> str:
+    return f"step {state['step']} of {state.get('hash', 'a run')}"
+
+
+def _is_of_0_1_0(place: Path) -> bool:
+    """Whether a checkpoint without a manifest never had one, and all its files are whole."""
+    paths = [place / name for name in _FILES]
+    if not all(map(storage.readable, paths)):
+        return False
+    state = json.loads(paths[2].read_bytes())
+    return isinstance(state, dict) and "format" not in state and not any(map(storage.label_of, paths[:2]))
+
+
+def _check_same(name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    if differ := sorted(found.keys() ^ wanted.keys()):
+        raise RuntimeError(f"{name} and the network differ in {len(differ)} tensors, {differ[0]} for one: another run?")
+    for key, tensor in wanted.items():
+        if (found[key].shape, found[key].dtype) != (tensor.shape, tensor.dtype):
+            here, there = (f"{t.dtype} {tuple(t.shape)}" for t in (tensor, found[key]))
+            raise RuntimeError(f"{name}: {key} is {there}, the network has {here}: another run?")
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -99,12 +198,19 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{i}/{key}": value.detach().cpu() for i, entry in state.items() for key, value in entry.items()}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _optimizer_entries(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], place: Path
+) -> dict[int, dict[str, Tensor]]:
+    """An optimizer's state by parameter. Raises RuntimeError where it is of other parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        index, key = name.split("/")
-        entries.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        index, _, key = name.partition("/")
+        shape = parameters[int(index)].shape if index.isdecimal() and int(index) < len(parameters) else None
+        if shape is None or (tensor.dim() and tensor.shape != shape):
+            raise RuntimeError(f"{place.name}/optimizer.safetensors: {name} fits no parameter here: another run?")
+        entries.setdefault(int(index), {})[key] = tensor.clone()  # out of the file, which may be deleted
+    return entries
 
 
 def export(run_folder: str | Path, path: str | Path) -> Path:
@@ -117,8 +223,8 @@ def export(run_folder: str | Path, path: str | Path) -> Path:
     anything but an earlier export.
     """
     run_folder, path = Path(run_folder), Path(path)
-    files = {"backbone.safetensors", "head.safetensors", "about.json"}
-    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= files):
+    files = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if path.exists() and not (path.is_dir() and files <= {*_EXPORT, storage.MANIFEST}):
         raise ValueError(f"{path} exists and is no export; choose a new folder")
     config, tensors = _newest(run_folder)
     teacher = "teacher." if any(name.startswith("teacher.") for name in tensors) else "student."
@@ -129,7 +235,7 @@ def export(run_folder: str | Path, path: str | Path) -> Path:
     head |= {f"patch_mlp.{k}": v for k, v in _strip(tensors, f"{teacher}patch_projector.mlp.").items()}
     found = _strip(tensors, f"{teacher}patch_prototypes.") or _strip(tensors, "student.patch_prototypes.")
     head |= {f"patch_last_layer.{k}": v for k, v in found.items()}
-    write_folder(path, {"backbone.safetensors": backbone, "head.safetensors": head}, {"about.json": config})
+    storage.write_folder(path, {"backbone.safetensors": backbone, "head.safetensors": head}, {"about.json": config})
     return path
 
 
@@ -178,16 +284,30 @@ def load_backbone(path: str | Path, network: str = "teacher") -> Backbone:
 def _check(path: str | Path, network: str) -> Path:
     if network not in ("teacher", "student"):
         raise ValueError(f"network={network!r}: choose 'teacher' or 'student'")
-    if network == "student" and (Path(path) / "head.safetensors").is_file():
+    path = Path(path)
+    exported = (path / "about.json").is_file() or (path / "head.safetensors").is_file()
+    if network == "student" and exported:
         raise ValueError(f"{path} is an export, which holds the teacher only")
-    return Path(path)
+    if exported and (reason := storage.verify(path, _EXPORT)):
+        old = reason == f"{storage.MANIFEST} is missing"  # version 0.1.0 wrote none
+        if not (old and all(storage.readable(path / name) for name in _EXPORT)):
+            raise ValueError(f"{path} is a damaged export: {reason}; export the run again")
+    return path
 
 
 def _newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a run's newest good checkpoint; the config is the checkpoint's own where it has one."""
+    storage.tidy(folder / "checkpoints")
     if not (folder / "config.json").is_file() or not steps(folder):
         raise FileNotFoundError(f"{folder} is neither a run folder with a checkpoint nor an export")
-    place = folder / "checkpoints" / f"step-{steps(folder)[-1]:08d}"
-    return json.loads((folder / "config.json").read_text()), load_file(place / "model.safetensors")
+    try:
+        config = dict(json.loads((folder / "config.json").read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged ({error}); restore it or train the run again") from error
+    place = _place(folder, newest(folder, config.get("hash")))
+    if (place / "config.json").is_file():
+        config = json.loads((place / "config.json").read_bytes())
+    return config, load_file(place / "model.safetensors")
 
 
 def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

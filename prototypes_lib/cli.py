@@ -10,6 +10,7 @@ import functools
 import inspect
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +20,11 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
+from prototypes_lib.interrupts import Interrupted
 from prototypes_lib.settings import Run
 
 IMAGENET = Run()
+INTERRUPTED = 75  # exit status of a run that was asked to stop and saved: run the same again (EX_TEMPFAIL)
 
 
 def run(
@@ -103,7 +106,8 @@ def train(
     if paper_run and run.data == "imagenet" and not Path(run.data).is_dir():
         raise ValueError("this paper run is on ImageNet: give its folder (with train/ and val/) by --data PATH")
     result = start(composed, run, name or method or paper_run)
-    print(result.folder)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process
+        print(result.folder)
     return 0
 
 
@@ -239,7 +243,10 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Run one command line and return its exit status: what the command says, or 2 for a request it cannot take."""
+    """Run one command line and return its exit status.
+
+    What the command says; 2 for a request it cannot take; 75 for a run that was asked to stop and can go on.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -258,7 +265,10 @@ def run_command(argv: Sequence[str]) -> int:
         return int(ended.code or 0)
     try:
         return work()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

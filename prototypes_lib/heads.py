@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from prototypes_lib.batch_norm import BatchNorm1d
 from prototypes_lib.precision import directions, wide
 
 
@@ -14,7 +15,8 @@ class Projector(nn.Module):
     """Linear layers to a bottleneck, then the unit sphere: y = h(x) / |h(x)| (vMF, Fig. 1b).
 
     Three layers of 2048 with GELU and a bottleneck of 256 in DINO, without normalization inside; `batch_norm` puts
-    BatchNorm before each activation (the official use_bn_in_head, MSN, SwAV); SwAV has two layers, ReLU and 128.
+    BatchNorm (over all processes' rows) before each activation, as the official use_bn_in_head, MSN, SwAV; SwAV has two
+    layers, ReLU and 128.
     Weights truncated normal with deviation 0.02, biases zero.
     """
 
@@ -35,7 +37,7 @@ class Projector(nn.Module):
         for i, (a, b) in enumerate(pairwise(widths)):
             stack.append(nn.Linear(a, b))
             if i < layers - 1:
-                stack += [nn.BatchNorm1d(b)] * batch_norm + [{"gelu": nn.GELU, "relu": nn.ReLU}[activation]()]
+                stack += [BatchNorm1d(b)] * batch_norm + [{"gelu": nn.GELU, "relu": nn.ReLU}[activation]()]
         self.mlp = nn.Sequential(*stack)
         for module in self.mlp:
             if isinstance(module, nn.Linear):

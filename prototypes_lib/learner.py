@@ -12,11 +12,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from prototypes_lib import ranks
 from prototypes_lib.assignment import Chain
 from prototypes_lib.backbones import Backbone
+from prototypes_lib.blockwise import LogScores, cross_entropy, cross_entropy_of_views, entropies
 from prototypes_lib.heads import Projector, Prototypes
 from prototypes_lib.methods import Method, at
-from prototypes_lib.objectives import alignment, cross_entropy, entropy, over_views
+from prototypes_lib.objectives import alignment, over_views
+from prototypes_lib.precision import wide
+from prototypes_lib.scores import Affine, affine
 
 
 class Network(nn.Module):
@@ -82,8 +86,9 @@ class Learner(nn.Module):
         teacher_temp: float,
         progress: float = 0.0,
         epoch: float = math.inf,
+        meters: bool = True,
     ) -> Step:
-        """Loss of one batch.
+        """Loss of one batch, or of this rank's rows of one: then the mean of the ranks' losses is the batch's.
 
         Args:
             views: [global 1, global 2, local 1, ...], each (batch, 3, size, size).
@@ -91,6 +96,7 @@ class Learner(nn.Module):
                 one (gh, gw) of patches to take away from all of them for `mask_student`.
             teacher_temp: this step's temperature of the targets.
             progress: share of the run behind this step, in [0, 1]. epoch: passes over the data behind it.
+            meters: whether to compute them; they look through all targets once more.
         """
         method = self.method
         n_global, n_targets, first = method.views.n_global, method.views.n_targets, method.first_view
@@ -100,10 +106,11 @@ class Learner(nn.Module):
             for prototypes in (network.prototypes, network.patch_prototypes):
                 if prototypes is not None:
                     prototypes.renormalize()
+        masked = masks.flatten(1) if method.patch else None
         # without a teacher, targets are this very pass's codes where the student sees their crops whole
         own = method.ema is None and not (first or method.patch or method.mask_student)
         if not own:
-            t_codes, t_patches = self._teacher_codes(torch.cat(views[:n_targets]))
+            t_codes, t_patches, seen = self._teacher_codes(torch.cat(views[:n_targets]), masked)
 
         globals_, locals_ = torch.cat(views[first:n_global]) if first < n_global else None, views[n_global:]
         crops, patches = [], None
@@ -112,97 +119,106 @@ class Learner(nn.Module):
             crops.append(features)
         if locals_:
             crops.append(self.student.backbone(torch.cat(locals_))[0])
-        hidden = patches[masks.flatten(1)] if method.patch else crops[0][:0]
-        codes, patch_codes = self._student_codes(crops, hidden)
+        hidden = patches[masked] if method.patch else None
+        codes, patch_codes = _projected(self.student, crops, hidden, method.joint_projector)
         if own:
-            t_codes, t_patches = codes[: n_targets * len(views[0])].detach(), None
-        targets, meters = self._targets(t_codes.unflatten(0, (n_targets, -1)), teacher_temp, epoch)
-        predictions = self._score(codes, self.student.prototypes)
-        objective = cross_entropy if method.n_prototypes else alignment
-        image = over_views(objective, targets, list(predictions.chunk(len(views) - first)), first)
+            t_codes = codes[: n_targets * len(views[0])].detach()
 
-        parts, patch_predictions = {"image": image}, None
-        if method.n_prototypes:
-            meters["kl"] = image.detach() - meters["teacher_entropy"]
+        w = self.student.prototypes.w if method.n_prototypes else None
+        image, measured = self._image_term(codes, w, t_codes, teacher_temp, epoch, meters)
+        parts = {"image": image}
         loss = at(method.image_weight, progress) * image
+        w_patch = w
         if method.patch is not None:
-            patch_predictions = self._score(patch_codes, self.student.patch_prototypes or self.student.prototypes)
-            parts["patch"] = self._patch_term(patch_predictions, t_patches, masks, teacher_temp)
+            if self.student.patch_prototypes is not None:
+                w_patch = self.student.patch_prototypes.w
+            parts["patch"] = self._patch_term(patch_codes, w_patch, t_patches, masked, seen, teacher_temp)
             loss = loss + at(method.patch.weight, progress) * parts["patch"]
+
+        def probabilities(of: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+            return (torch.softmax(method.score(of, prototypes, method.student_temp), dim=-1),)
+
         n_crops = n_global - first
         n = n_crops * len(views[0])
         places = {
             "features": lambda: crops[0].chunk(n_crops),
             "codes": lambda: codes[:n].chunk(n_crops),
             "averaged codes": lambda: (0.5 * (codes[:n] + t_codes)).chunk(n_crops),
-            "prototypes": lambda: (self.student.prototypes.w,),
-            "probabilities": lambda: (torch.softmax(predictions, dim=-1),),
-            "patch probabilities": lambda: (torch.softmax(patch_predictions, dim=-1),),
+            "prototypes": lambda: (w,),
+            "probabilities": lambda: probabilities(codes, w),
+            "patch probabilities": lambda: probabilities(patch_codes, w_patch),
         }
         for weight, function, place in method.regularizers:
-            values = [at(function, progress)(x) for x in places[place]() if len(x)]
+            values = [at(function, progress)(x) for x in places[place]() if ranks.count(len(x))]
             value = sum(values, start=loss.new_zeros(())) / (1 if place == "features" else max(len(values), 1))
             name = f"{getattr(function, 'func', function).__name__} on {place}"
             parts[name] = parts[name] + value if name in parts else value
             loss = loss + at(weight, progress) * value
-        return Step(loss, {k: v.detach() for k, v in parts.items()}, meters)
+        return Step(loss, {k: v.detach() for k, v in parts.items()}, measured)
 
     @torch.no_grad()
-    def _teacher_codes(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+    def _teacher_codes(self, crops: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The teacher's codes of the target crops, of their patches, and which patches these are."""
         features, patches = self.teacher.backbone(crops)
-        return self.teacher.projector(features), patches
+        seen = masked
+        if masked is not None and self.method.patch.targets_from == "all":
+            seen = torch.ones_like(masked)
+        codes, patch_codes = _projected(self.teacher, [features], None if seen is None else patches[seen], joint=True)
+        return codes, patch_codes, seen
 
-    def _student_codes(self, crops: list[Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of crops and of masked patches: one call where they share the projector, because BatchNorm, where
-        there is one, sees them together (it needs two rows: an own patch head with one masked patch has not)."""
-        own, projector = self.student.patch_projector, self.student.projector
-        if own is not None or not self.method.joint_projector:
-            groups = [torch.cat(crops)] if self.method.joint_projector else crops
-            patch_codes = (own or projector)(hidden) if self.method.patch else hidden
-            return torch.cat([projector(group) for group in groups]), patch_codes
-        n_crops = sum(map(len, crops))
-        codes, patch_codes = self.student.projector(torch.cat([*crops, hidden])).tensor_split([n_crops])
-        return codes, patch_codes
+    def _image_term(
+        self, codes: Tensor, w: Tensor | None, t_codes: Tensor, temperature: float, epoch: float, meters: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy or alignment of all pairs of views, and the meters of its targets."""
+        method, first, n_targets = self.method, self.method.first_view, self.method.views.n_targets
+        batch = len(t_codes) // n_targets
+        predictions, t_codes = codes.unflatten(0, (-1, batch)), t_codes.unflatten(0, (n_targets, batch))
+        if w is None:
+            return over_views(alignment, t_codes, list(predictions), first), {}
+        groups = t_codes[None] if method.joint_targets else t_codes[:, None]
+        image, measured = self._loss_of_views(predictions, w, groups, temperature, epoch, meters)
+        if meters:
+            measured["kl"] = image.detach() - measured["teacher_entropy"]
+        return image, measured
 
-    def _score(self, codes: Tensor, prototypes: Prototypes | None) -> Tensor:
-        """The student's prediction: log-scores, or the codes themselves where there are no prototypes."""
-        if prototypes is None:
-            return codes
-        return self.method.score(codes, prototypes.w, self.method.student_temp)
-
-    @torch.no_grad()
-    def _targets(self, t_codes: Tensor, temperature: float, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Targets (views, batch, K), through the links together or a view at a time."""
-        if not self.method.n_prototypes:
-            return t_codes, {}
-        groups = t_codes.flatten(0, 1)[None] if self.method.joint_targets else t_codes
-        found = []
-        for i, group in enumerate(groups):
-            rows = group if self.queue is None else self.queue(i, group, epoch)
-            found.append(self._assign(self.chain, rows, self.teacher.prototypes, temperature)[: len(group)])
-        targets = torch.cat(found)
-        meters = {"teacher_entropy": entropy(targets).mean(), "marginal_entropy": entropy(targets.mean(0))}
-        return targets.unflatten(0, t_codes.shape[:2]), meters
-
-    def _assign(self, chain: Chain, codes: Tensor, prototypes: Prototypes, temperature: float) -> Tensor:
-        w, origin = prototypes.w, None
-        if any(getattr(link, "literal", False) for link in chain.links):
-            origin = self.method.score(torch.zeros_like(w[:1]), w, temperature)[0]  # <w, 0> = 0 leaves log C_p
-        return chain(self.method.score(codes, w, temperature), temperature, origin).exp()
-
-    def _patch_term(self, prediction: Tensor, t_patches: Tensor, masks: Tensor, temperature: float) -> Tensor:
-        """Same crop, masked places: per image the mean over them, images without any as zero (iBOT's code)."""
-        masked, method = masks.flatten(1), self.method
-        per_image = masked.sum(1, keepdim=True).clamp_min(1).to(prediction.dtype)
-        weight = (masked / (per_image * len(masked)))[masked]
+    def _loss_of_views(
+        self, predictions: Tensor, w: Tensor, groups: Tensor, temperature: float, epoch: float, meters: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The image term with prototypes; each group of targets, (views, batch, dim), passes the links by itself."""
+        method = self.method
         with torch.no_grad():
-            seen = torch.ones_like(masked) if method.patch.targets_from == "all" else masked
-            targets = (self.teacher.patch_projector or self.teacher.projector)(t_patches[seen])
-            if method.n_prototypes:
-                prototypes = self.teacher.patch_prototypes or self.teacher.prototypes
-                targets = self._assign(self.patch_chain, targets, prototypes, temperature)
-        objective = cross_entropy if method.n_prototypes else alignment
-        return objective(targets[masked[seen]], prediction, weight)
+            teacher = affine(method.score, self.teacher.prototypes.w.detach(), temperature)
+            targets = []
+            for i, group in enumerate(groups):
+                rows = group.flatten(0, 1) if self.queue is None else self.queue(i, group, epoch)
+                scores = _targets(self.chain, rows, teacher, temperature)
+                targets.append(scores.only(slice(group.shape[0] * group.shape[1])))
+            measured = {}
+            if meters:
+                measured["teacher_entropy"], measured["marginal_entropy"] = entropies(targets)
+        student = affine(method.score, w, method.student_temp)
+        image = cross_entropy_of_views(
+            student.scale * predictions, student.slopes, student.offsets, targets, method.first_view
+        )
+        return image, measured
+
+    def _patch_term(
+        self, codes: Tensor, w: Tensor | None, t_codes: Tensor, masked: Tensor, seen: Tensor, temperature: float
+    ) -> Tensor:
+        """Same crop, masked places: per image the mean over them, images without any as zero (iBOT's code)."""
+        per_image = masked.sum(1, keepdim=True).clamp_min(1).to(codes.dtype)
+        weight = (1 / (per_image * len(masked))).expand(masked.shape)[masked]
+        of_masked = masked[seen]
+        if w is None:
+            return alignment(t_codes[of_masked], codes, weight)
+        with torch.no_grad():
+            prototypes = self.teacher.patch_prototypes or self.teacher.prototypes
+            teacher = affine(self.method.score, prototypes.w.detach(), temperature)
+            targets = _targets(self.patch_chain, t_codes, teacher, temperature).only(of_masked)
+        student = affine(self.method.score, w, self.method.student_temp)
+        codes = student.scale * codes
+        toward = weight[:, None] * codes
+        return cross_entropy(codes, weight, toward, weight, student.slopes, student.offsets, [targets])
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -224,14 +240,20 @@ class _Past(nn.Module):
         self.register_buffer("filled", torch.zeros(n_queues, dtype=torch.long))
 
     def forward(self, i: int, codes: Tensor, epoch: float) -> Tensor:
-        """These codes, then, once the queue is full, the ones before them; remembers these."""
+        """Codes (views, batch, dim) as rows, then, once the queue is full, the ones before them; remembers these.
+
+        All ranks hold the same queue; each adds its share of it to its own rows.
+        """
+        rows = codes.flatten(0, 1)
         if epoch < self.epoch:
-            return codes
+            return rows
         past, length = self.codes[i].to(codes.dtype), len(self.codes[i])
-        rows = torch.cat([codes, past]) if int(self.filled[i]) >= length else codes
+        if int(self.filled[i]) >= length:
+            rows = torch.cat([rows, past.tensor_split(ranks.world())[ranks.rank()]])
         if self.training:
-            self.codes[i] = torch.cat([codes, past])[:length]
-            self.filled[i] += len(codes)
+            new = ranks.rows(codes.transpose(0, 1)).transpose(0, 1).flatten(0, 1)
+            self.codes[i] = torch.cat([new, past])[:length]
+            self.filled[i] += len(new)
         return rows
 
 
@@ -259,6 +281,28 @@ def _hiding(method: Method, masks: Tensor | None) -> dict[str, Tensor]:
     if method.mask_student:
         return {"keep": torch.nonzero(~masks.flatten())[:, 0]}
     return {}
+
+
+def _projected(
+    network: Network, crops: list[Tensor], hidden: Tensor | None, joint: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Codes of crops, and of patches where there are any: one call where they share the projector, because BatchNorm,
+    where there is one, sees them together; not `joint`: crops of each size apart."""
+    shared = joint and hidden is not None and network.patch_projector is None
+    groups = [torch.cat([*crops, hidden] if shared else crops)] if joint else crops
+    codes = torch.cat([network.projector(group) for group in groups])
+    if hidden is None:
+        return codes, None
+    if shared:
+        return codes.tensor_split([sum(map(len, crops))])
+    return codes, (network.patch_projector or network.projector)(hidden)
+
+
+def _targets(chain: Chain, codes: Tensor, teacher: Affine, temperature: float) -> LogScores:
+    """Scores whose softmax is the target, through the links."""
+    scores = LogScores(teacher.scale * wide(codes), teacher.slopes, teacher.offsets)
+    log_normalizer = teacher.slopes.new_zeros(scores.k) if teacher.offsets is None else teacher.offsets
+    return chain.shift(scores, temperature, log_normalizer)
 
 
 def _followed(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from prototypes_lib.resampling import gaussian_windows, mix
+
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, the digits torchvision uses
 
 
@@ -85,89 +87,91 @@ def apply_looks(x: Float[Tensor, "n 3 height width"], looks: Looks) -> Float[Ten
     Differs from the official pipeline, which rounds to 8 bits after each operation and whose blur (Pillow) is three
     box filters: here pixels stay float32 and the blur is a Gaussian.
     """
+    where = torch.arange(len(x))  # the image at each place of x
 
-    def change(which, operation, *parameters):
-        chosen = which.flatten().nonzero().squeeze(1)
-        if len(chosen):
-            here = chosen.to(x.device)
-            x[here] = operation(x[here], *(p.flatten()[chosen] for p in parameters))
+    def sorted_by(kind, n_kinds=1):
+        """Sort the images by what comes next; the images of kinds 0, 1, ... and their numbers, runs of memory."""
+        nonlocal x, where
+        order = kind.flatten()[where].argsort(stable=True)
+        if (order.diff() < 0).any():
+            x, where = x.index_select(0, order.to(x.device)), where[order]
+        counts = kind.flatten().bincount(minlength=n_kinds).tolist()[:n_kinds]
+        ends = [sum(counts[: i + 1]) for i in range(n_kinds)]
+        return [(x[end - n : end], where[end - n : end]) for n, end in zip(counts, ends, strict=True)]
 
-    for place in looks.order.unbind(-1):
-        for i, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
-            change(looks.jitter & (place == i), operation, looks.factors[..., i])
-    change(looks.gray, lambda y: grayscale(y).expand_as(y))
-    change(looks.sigma > 0, gaussian_blur, looks.sigma)
-    change(looks.solarize, solarize)
-    return x
+    factors, sigma = looks.factors.flatten(0, -2), looks.sigma.flatten()
+    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    for operation in looks.order.unbind(-1):
+        runs = sorted_by(torch.where(looks.jitter, operation, len(operations)), len(operations))
+        for i, (images, which) in enumerate(runs):
+            if len(which):
+                operations[i](images, factors[which, i])
+    for chosen, change in (
+        (looks.gray, lambda images, which: images.copy_(grayscale(images))),
+        (looks.sigma > 0, lambda images, which: gaussian_blur(images, sigma[which])),
+        (looks.solarize, lambda images, which: solarize(images)),
+    ):
+        ((images, which),) = sorted_by((~chosen).long())
+        if len(which):
+            change(images, which)
+    return x.index_select(0, where.argsort().to(x.device))
 
 
 def grayscale(x: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 1 height width"]:
     """Luma 0.2989 R + 0.587 G + 0.114 B."""
     r, g, b = GRAY_WEIGHTS
-    return r * x[:, 0:1] + g * x[:, 1:2] + b * x[:, 2:3]
+    return (r * x[:, 0:1]).add_(g * x[:, 1:2]).add_(b * x[:, 2:3])
 
 
-def _blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
-    factor = factor.to(x.device)[:, None, None, None]
-    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+def _each(values: Float[Tensor, "n"], x: Tensor) -> Float[Tensor, "n 1 1 1"]:
+    return values.to(x.device)[:, None, None, None]
 
 
 def adjust_brightness(x: Float[Tensor, "n 3 height width"], factor: Float[Tensor, "n"]) -> Tensor:
-    """Blend with black: clamp(f x, 0, 1)."""
-    return _blend(x, 0.0, factor)
+    """Blend with black, in place: clamp(f x, 0, 1)."""
+    return x.mul_(_each(factor, x)).clamp_(0, 1)
 
 
 def adjust_contrast(x: Float[Tensor, "n 3 height width"], factor: Float[Tensor, "n"]) -> Tensor:
-    """Blend with the image's mean luma m: clamp(f x + (1 − f) m, 0, 1)."""
-    return _blend(x, grayscale(x).mean((1, 2, 3), keepdim=True), factor)
+    """Blend with the image's mean luma m, in place: clamp(f x + (1 − f) m, 0, 1)."""
+    rows = grayscale(x).mean(3, keepdim=True)  # in two steps, whose order depends neither on n nor on threads
+    mean, factor = rows.mean(2, keepdim=True), _each(factor, x)
+    return x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(x: Float[Tensor, "n 3 height width"], factor: Float[Tensor, "n"]) -> Tensor:
-    """Blend each pixel with its luma: clamp(f x + (1 − f) luma(x), 0, 1)."""
-    return _blend(x, grayscale(x), factor)
+    """Blend each pixel with its luma, in place: clamp(f x + (1 − f) luma(x), 0, 1)."""
+    luma, factor = grayscale(x), _each(factor, x)
+    return x.mul_(factor).add_(luma.mul_(1 - factor)).clamp_(0, 1)
 
 
 def adjust_hue(x: Float[Tensor, "n 3 height width"], shift: Float[Tensor, "n"]) -> Tensor:
-    """Rotate the hue of HSV by `shift` turns, with value V = max(R, G, B) and chroma C = V − min(R, G, B) kept.
+    """Rotate the hue of HSV by `shift` turns, in place; V = max(R, G, B) and chroma C = V − min(R, G, B) are kept.
 
-    Back to RGB without sectors: a channel is V − C clamp(min(k, 4 − k), 0, 1), k = (n + 6 hue) mod 6, n = 5, 3, 1.
+    Back to RGB without sectors: a channel is V − C clamp(2 − d, 0, 1), where d is how far the hue lies from the
+    channel's opposite (cyan 3, magenta 5, yellow 1) on a circle of 6. Masks are numbers: branches would be slow.
     """
     r, g, b = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
     # The difference and the offset of the channel that is largest; a tie gives the same hue either way.
-    red, green = value == r, value == g
-    difference = torch.where(red, g - b, torch.where(green, b - r, r - g))
-    offset = torch.where(red, 0.0, torch.where(green, 2.0, 4.0))
-    hue6 = difference / chroma.masked_fill(chroma == 0, 1.0) + offset + 6 * shift.to(x.device)[:, None, None]
-    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None] + hue6[:, None]).remainder_(6)
-    k = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return value[:, None] - chroma[:, None] * k
+    red = value.clone().eq_(r)
+    green = value.clone().eq_(g).mul_(1 - red)
+    blue = 1 - red - green
+    hue = (red * (g - b)).add_(green * (b - r)).add_(blue * (r - g))
+    hue.div_(chroma.clamp_min(1e-12))  # a gray pixel has 0 / 1e-12: any hue will do
+    hue.add_(green.mul_(2)).add_(blue.mul_(4)).add_(6 * shift.to(x.device)[:, None, None])
+    turns = (hue[:, None] - torch.tensor([3.0, 5.0, 1.0], device=x.device)[:, None, None]).div_(6)
+    share = turns.sub_(turns.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    return torch.sub(value[:, None], share.mul_(chroma[:, None]), out=x)
 
 
 def gaussian_blur(x: Float[Tensor, "n 3 height width"], sigma: Float[Tensor, "n"]) -> Tensor:
-    """Blur each image by its own Gaussian (sigma in pixels), edge pixels repeated outside: T_h x T_wᵀ."""
-    height, width = x.shape[-2:]
-    rows = blur_matrix(sigma, height, x.device)[:, None]
-    columns = rows if width == height else blur_matrix(sigma, width, x.device)[:, None]
-    return (rows @ x @ columns.mT).clamp_(0, 1)
-
-
-def blur_matrix(
-    sigma: Float[Tensor, "n"], size: int, device: torch.device | str = "cpu"
-) -> Float[Tensor, "n {size} {size}"]:
-    """Toeplitz matrices of normalized Gaussian kernels, the weight beyond an edge added to the edge pixel."""
-    reach = math.ceil(5 * float(sigma.max()))  # leaves out 6e-7 of the widest kernel
-    offset = torch.arange(-reach, reach + 1)
-    kernel = torch.softmax(-0.5 * (offset / sigma[:, None]) ** 2, dim=1).to(device)
-    # Row i of a padded matrix has the kernel in columns i .. i + 2 reach: windows over the zero-padded kernel.
-    padded = torch.nn.functional.pad(kernel, (size - 1, size - 1)).unfold(1, size + 2 * reach, 1).flip(1)
-    matrix = padded[:, :, reach : reach + size].clone()
-    matrix[:, :, 0] += padded[:, :, :reach].sum(2)
-    matrix[:, :, -1] += padded[:, :, reach + size :].sum(2)
-    return matrix
+    """Blur each image by its own Gaussian (sigma in pixels, on the CPU), in place, edge pixels repeated outside."""
+    rows, columns = (gaussian_windows(sigma, size, x.device) for size in x.shape[-2:])
+    return torch.clamp(mix(x, rows, columns), 0, 1, out=x)
 
 
 def solarize(x: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 3 height width"]:
-    """Invert the bright half: 1 − x where x ≥ 1/2 (an 8-bit value of 128 or more)."""
-    return torch.where(x >= 0.5, 1 - x, x)
+    """Invert the bright half, x ≥ 1/2 (an 8-bit value of 128 or more), in place: min(x, 1 − x)."""
+    return torch.minimum(x, 1 - x, out=x)

@@ -4,7 +4,6 @@ import csv
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -15,13 +14,19 @@ from typing import Any
 import torch
 
 from prototypes_lib import __version__
+from prototypes_lib.storage import write_text
 
 
 class Log:
-    """metrics.jsonl line by line, a line of progress at most every 10 s, metrics.csv and result.json at the end."""
+    """metrics.jsonl line by line, a line of progress at most every 10 s, metrics.csv and result.json at the end.
 
-    def __init__(self, folder: Path, name: str, steps: int, batch_size: int, k: int, progress: bool):
-        self.folder, self.name, self.steps, self.progress = folder, name, steps, progress
+    writes: False on all ranks but the first, which keep the rows only.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, steps: int, batch_size: int, k: int, progress: bool, writes: bool = True
+    ):
+        self.folder, self.name, self.steps, self.progress, self.writes = folder, name, steps, progress, writes
         self.batch_size, self.k = batch_size, k
         self.rows: list[dict[str, float]] = []
         self._said = -math.inf
@@ -31,10 +36,14 @@ class Log:
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows = [row for line in lines if (row := _parsed(line)) and row["step"] <= step]
+        if not self.writes:
+            return
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, row: dict[str, float]) -> None:
         self.rows.append(row)
+        if not self.writes:
+            return
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         now = time.monotonic()
@@ -54,6 +63,8 @@ class Log:
         return f"{text}  {step * self.batch_size / seconds:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
 
     def finish(self, summary: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         names = list(dict.fromkeys(key for row in self.rows for key in row))
         with (self.folder / "metrics.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, names)
@@ -68,13 +79,6 @@ def _parsed(line: str) -> dict[str, float] | None:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that a reader finds the old one or the new one, never half."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:

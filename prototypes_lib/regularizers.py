@@ -1,20 +1,28 @@
 """Terms that keep codes, prototypes or assignments from collapsing; a method adds weight * function(on something).
 
 `koleo` and `prior_matching` are losses; `coding_rate` and `mean_entropy` are sizes to be enlarged, so methods give
-them a negative weight. All compute in float32 at least and stay finite, value and gradient, on degenerate input.
+them a negative weight. All compute in float32 at least and stay finite, value and gradient, on degenerate input. Where
+processes share the batch (`ranks`) each of them returns the number of the whole batch.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from prototypes_lib import ranks
 from prototypes_lib.precision import directions, wide
 
 
 def koleo(
-    x: Float[Tensor, "n dim"], *, eps: float = 1e-8, parts: int = 1, generator: torch.Generator | None = None
+    x: Float[Tensor, "n dim"],
+    *,
+    eps: float = 1e-8,
+    parts: int = 1,
+    generator: torch.Generator | None = None,
+    gathered: bool = True,
 ) -> Float[Tensor, ""]:
     """-mean_k log(d_k + eps), d_k the distance of x_k / |x_k| to its nearest neighbor (PPC, section 4.1; a loss).
 
@@ -30,18 +38,23 @@ def koleo(
         x: vectors of any length but zero; only directions count. A zero vector has none, and gets no gradient.
         parts: random partition into this many equal parts with neighbors sought inside a part, as the paper does to
             save memory; d_k is then larger on average and duplicates in different parts go unseen.
-        generator: draws the partition.
+        generator: draws the partition; without one, rank 0's is everybody's.
+        gathered: where ranks share a batch, neighbors are sought among the rows of all, which makes the loss that of
+            one process. False is the official code: each rank among its own rows, d_k larger the more ranks there are.
+            What every rank holds whole, as prototypes, belongs into `ranks.alone`.
 
     Raises:
         ValueError: parts outside 1 .. n.
     """
+    x = directions(x)
+    x = ranks.rows(x) if gathered else x  # each rank computes it all: the sum over ranks in its gradient is right
     n = len(x)
     if not 1 <= parts <= n:
         raise ValueError(f"parts={parts} must lie between 1 and the number of vectors, {n}")
-    x = directions(x)
     if parts > 1:
         device = generator.device if generator is not None else "cpu"
         order = torch.randperm(n, generator=generator, device=device).to(x.device)
+        order = ranks.rows(order)[:n] if gathered else order
         groups = [x[rows] for rows in order.tensor_split(parts)]
     else:
         groups = [x]
@@ -57,40 +70,84 @@ def _log_gaps(x: Tensor, eps: float) -> Tensor:
 
 
 @torch.no_grad()
-def nearest(x: Float[Tensor, "n dim"], block: int = 2**26) -> Int[Tensor, " n"]:
-    """Index of each unit vector's nearest other one, from blocks of at most `block` similarities at a time."""
-    n, found = len(x), []
-    rows = max(1, block // max(n, 1))
-    with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, n, rows):
-            here = x[start : start + rows]
-            similarity = here @ x.T
-            own = torch.arange(len(here), device=x.device)
-            similarity[own, own + start] = -torch.inf
-            best, index = similarity.max(dim=-1)
-            copies = torch.nonzero(best > 1 - 1e-5)[:, 0]  # closer than 0.0045: a cosine cannot rank these
-            if len(copies):
-                candidates = similarity[copies].topk(min(16, n - 1), dim=-1).indices
-                gaps = (here[copies, None] - x[candidates]).square().sum(-1)
-                index[copies] = candidates.gather(1, gaps.argmin(-1, keepdim=True))[:, 0]
-            found.append(index)
-    return torch.cat(found)
+def nearest(x: Float[Tensor, "n dim"], block: int | None = None) -> Int[Tensor, " n"]:
+    """Index of each unit vector's nearest other one, from tiles of about `block` similarities at a time.
+
+    A tile serves the rows that it is of and, transposed, those that it is with: half the products of x x^T. Indices are
+    looked for only in the group of 32 that holds a maximum: `amax` alone is several times faster than `max`.
+    """
+    n, device = len(x), x.device
+    side = math.isqrt(block or (2**20 if device.type == "cpu" else 2**24)) // _GROUP * _GROUP
+    side = max(_GROUP, min(side, -(-n // _GROUP) * _GROUP))
+    padded = F.pad(x, (0, 0, 0, -n % _GROUP))
+    best = torch.full((len(padded),), -torch.inf, dtype=x.dtype, device=device)
+    index = torch.zeros(len(padded), dtype=torch.long, device=device)
+    with torch.autocast(device.type, enabled=False):
+        for i in range(0, len(padded), side):
+            for j in range(i, len(padded), side):
+                tile = padded[i : i + side] @ padded[j : j + side].T
+                if i == j:
+                    tile.fill_diagonal_(-torch.inf)
+                tile[:, max(0, n - j) :] = -torch.inf
+                _keep_best(best[i : i + side], index[i : i + side], j, *_row_maxima(tile))
+                if i != j:
+                    _keep_best(best[j : j + side], index[j : j + side], i, *_column_maxima(tile))
+        best, index = best[:n], index[:n]
+        copies = torch.nonzero(best > 1 - 1e-5)[:, 0]  # closer than 0.0045: a cosine cannot rank these
+        for rows in copies.split(max(1, side * side // max(n, 1))) if len(copies) else ():
+            similarity = x[rows] @ x.T
+            similarity.scatter_(1, rows[:, None], -torch.inf)
+            candidates = similarity.topk(min(16, n - 1), dim=-1).indices
+            gaps = (x[rows, None] - x[candidates]).square().sum(-1)
+            index[rows] = candidates.gather(1, gaps.argmin(-1, keepdim=True))[:, 0]
+    return index
+
+
+_GROUP = 32
+
+
+def _row_maxima(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest entry of each row, and its column."""
+    groups = tile.unflatten(1, (-1, _GROUP))
+    group = groups.amax(2).argmax(1)
+    best, place = groups[torch.arange(len(tile), device=tile.device), group].max(1)
+    return best, group * _GROUP + place
+
+
+def _column_maxima(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest entry of each column, and its row."""
+    groups = tile.unflatten(0, (-1, _GROUP))
+    group = groups.amax(1).T.contiguous().argmax(1)
+    best, place = groups[group, :, torch.arange(tile.shape[1], device=tile.device)].max(1)
+    return best, group * _GROUP + place
+
+
+def _keep_best(best: Tensor, index: Tensor, start: int, value: Tensor, place: Tensor) -> None:
+    better = value > best
+    best.copy_(torch.where(better, value, best))
+    index.copy_(torch.where(better, place + start, index))
 
 
 def coding_rate(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float[Tensor, ""]:
     """R = 1/2 logdet(I + (d / eps^2) Z^T Z / n), the size of the codes' second moment (Sim, Eq. 8; to be enlarged).
 
     eps is the paper's: the official code's argument is its square, so `eps=0.05` there is eps = sqrt(0.05) here.
-    "Covariance" in the paper, but nothing is centered. The paper's ln is natural, and so is the unit (nats).
+    "Covariance" in the paper, but nothing is centered. The paper's ln is natural, and so is the unit (nats). Z are the
+    rows of all ranks in order, gathered rather than their Gram matrices summed: as few numbers, and singular values
+    stay at hand where Z^T Z is too small or too large to add to I.
 
     Args:
-        z: codes, one a row. groups: g emulates g processes that do not reduce their Gram matrix: the batch is cut
-            into g parts in order, each part's Z^T Z still divided by the whole n, and the g rates averaged (the
-            released SimDINO runs are groups = 8; notebook 20 shows what it changes).
+        z: codes, one a row. groups: g emulates g processes that do not reduce their Gram matrix: the whole batch is
+            cut into g parts in order, each part's Z^T Z still divided by the whole n, and the g rates averaged (the
+            released SimDINO runs are groups = 8; notebook 20 shows what it changes). Any number of ranks will do.
 
     Raises:
         ValueError: eps not positive, or n not a multiple of groups.
     """
+    return _rate(ranks.rows(wide(z)), eps, groups)
+
+
+def _rate(z: Tensor, eps: float, groups: int) -> Tensor:
     n, dim = z.shape
     if not eps > 0:
         raise ValueError(f"eps={eps}: the distortion must be positive")
@@ -110,7 +167,7 @@ def coding_rate(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float
             half_logdet = 0.5 * torch.log1p(a * torch.linalg.svdvals(parts).square()).sum(-1)
         else:  # codes that are not finite: nan, as from any other loss
             half_logdet = gram.sum((-2, -1)) * torch.nan
-    return half_logdet.mean().to(wide(z).dtype)
+    return half_logdet.mean().to(z.dtype)
 
 
 def expansion(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float[Tensor, ""]:
@@ -119,13 +176,17 @@ def expansion(z: Float[Tensor, "n dim"], eps: float, groups: int = 1) -> Float[T
     Sim, section 2.3 proposes gamma of the order of eps sqrt(n / (d min(d, n))), which the code has commented out: it
     grows with n beyond d, while the code's falls. Arguments and errors as `coding_rate`.
     """
-    rate = coding_rate(z, eps, groups)
+    z = ranks.rows(wide(z))
+    rate = _rate(z, eps, groups)
     return (1 / z.shape[1] + 1 / len(z)) * rate
 
 
 def mean_entropy(p: Float[Tensor, "batch k"]) -> Float[Tensor, ""]:
-    """H(mean_b p_b), the entropy of the marginal latent class distribution in nats (MSN's me-max; to be enlarged)."""
-    marginal = wide(p).mean(0)
+    """H(mean_b p_b), the entropy of the marginal latent class distribution in nats (MSN's me-max; to be enlarged).
+
+    The mean is over the rows of all ranks, of which each may have another number; without any row the entropy is 0.
+    """
+    marginal = _marginal(p)
     return -(marginal * _log(marginal)).sum()
 
 
@@ -145,7 +206,7 @@ def prior_matching(p: Float[Tensor, "batch k"], prior: Float[Tensor, " k"]) -> F
 
 
 def _kl_to(p: Tensor, prior: Tensor) -> Tensor:
-    marginal = wide(p).mean(0)
+    marginal = _marginal(p)
     return (marginal * (_log(marginal) - torch.log(prior.to(marginal)))).sum()
 
 
@@ -167,6 +228,13 @@ def power_law(k: int, exponent: float) -> Float[Tensor, " k"]:
 def _power_law(k: int, exponent: float, device: torch.device | None = None) -> Tensor:
     weights = torch.arange(1, k + 1, dtype=torch.float64, device=device) ** -float(exponent)
     return weights / weights.sum()
+
+
+def _marginal(p: Tensor) -> Tensor:
+    """The mean over the rows of all ranks, each with its share of them; zero where there are none."""
+    p = wide(p)
+    sums = ranks.total(torch.cat([p.sum(0), p.new_full((1,), len(p))]))  # their number too: no wait for the host
+    return sums[:-1] / sums[-1].clamp_min(1)
 
 
 def _log(p: Tensor) -> Tensor:

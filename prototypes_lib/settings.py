@@ -17,6 +17,10 @@ _CHOICES = {
 }
 
 
+# settings of the machine and not of the experiment: they decide no record, up to rounding
+MACHINE = ("device", "out", "progress", "root", "checkpoint_epochs", "compile", "recompute", "shard", "workers")
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything about a run that is not the method: data, network, optimization, machine. Times in epochs.
@@ -38,7 +42,8 @@ class Run:
     head_activation: str = "gelu"  # between them: gelu or relu
     head_batch_norm: bool = False  # batch normalization in the projector
     epochs: float = 100.0  # passes over the data
-    batch_size: int = 256  # images a step
+    batch_size: int = 256  # images a step, over all processes
+    accumulate: int = 1  # parts that a batch is cut into, one after the other, where memory is short
     optimizer: str = "adamw"  # adamw; lars (DINO's ResNet-50); larc (SwAV: biases and norms adapted and decayed too)
     lr: float = 5e-4  # learning rate at its peak, for lr_batch_size images a step, as the official code
     lr_scaling: str = "linear"  # growth of the peak with batch_size / lr_batch_size: linear, sqrt or none
@@ -63,6 +68,11 @@ class Run:
     seed: int = 0  # of weights, order and views
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     precision: str = "auto"  # fp32, bf16, or auto: measure a few steps of both
+    compile: bool = False  # torch.compile each transformer block: some minutes at the start, then faster on a GPU
+    recompute: bool = False  # forget activations inside blocks and compute them again (activation checkpointing)
+    shard: bool = False  # spread weights and optimizer over processes (FSDP2), where one GPU cannot hold them
+    workers: int = 2  # threads that read the next batches ahead, where images do not fit on the device
+    bad_steps: int = 5  # steps in a row without a finite loss, each skipped, before the run stops
     out: str | Path = "runs"  # where run folders are made
     checkpoint_epochs: float = 5.0  # a checkpoint every so many epochs
     monitor_steps: int = 50  # M and a line of metrics every so many steps
@@ -73,8 +83,8 @@ class Run:
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
         sizes = ("image_size", "local_size", "hidden", "bottleneck", "head_layers")
-        sizes += ("batch_size", "lr_batch_size", "monitor_steps")
-        for name in (*sizes, "seed"):
+        sizes += ("batch_size", "accumulate", "lr_batch_size", "monitor_steps", "bad_steps")
+        for name in (*sizes, "seed", "workers"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
         for name in (*sizes, "epochs", "checkpoint_epochs", "layer_decay"):
@@ -82,7 +92,7 @@ class Run:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         not_negative = ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "drop_path")
         factors = ("prototype_lr_factor", "prototype_weight_decay", "patch_embed_lr")
-        for name in (*not_negative, "warmup_lr", "freeze_last_layer", *factors):
+        for name in (*not_negative, "workers", "warmup_lr", "freeze_last_layer", *factors):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.drop_path >= 1:

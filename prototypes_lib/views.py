@@ -1,22 +1,24 @@
 """Multi-crop views of a batch of images on any device, each image with its own random parameters (DINO).
 
-A resized crop is linear and separable, hence two small matrices an image: view = W_y · image · W_xᵀ, with the bicubic
-antialiased weights of the crop box in W_y (size × height) and W_x (size × width); a horizontal flip reverses the rows
-of W_x. All views of one size are computed together. Random numbers are drawn on the CPU, from a generator, before any
-pixel is touched, so that a seed means the same views on every device.
+A resized crop is linear and separable, view = W_y · image · W_xᵀ, with the bicubic antialiased weights of the crop box
+in W_y (size × height) and W_x (size × width), both banded (`resampling`); a horizontal flip reverses the rows of W_x.
+Random numbers are drawn on the CPU, from a generator, before any pixel is touched, so that a seed means the same views
+on every device. All views of one size are made together, on a CPU those of so many images that they stay in its cache.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prototypes_lib.photometric import Looks, Photometric, apply_looks, draw_looks
+from prototypes_lib.resampling import Windows, cubic_windows, mix
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TOGETHER = {"cpu": 2**20}  # numbers of views made at once on a device: 4 MB, within a processor's cache
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,26 @@ class MultiCrop:
 
     @torch.no_grad()
     def make(self, images: Tensor, parameters: list[tuple[int, Crops, Looks]]) -> list[Float[Tensor, "batch 3 _ _"]]:
-        """Make the views that `parameters` describe; no randomness in here."""
+        """Make the views that `parameters` describe; no randomness in here, and no image depends on another one."""
         images = _channels_first(images)
         views = []
         with torch.autocast(images.device.type, enabled=False):
-            pixels = images.float() / 255
             for size, crops, looks in parameters:
-                x = resized_crops(pixels, crops, size)
-                x = _normalize(apply_looks(x.flatten(0, 1), looks), self.mean, self.std)
-                views.extend(x.unflatten(0, crops.flip.shape).unbind(0))
+                n = len(crops.flip)
+                made = torch.empty(n, len(images), 3, size, size, device=images.device)
+                together = max(1, TOGETHER.get(images.device.type, 2**29) // made[:, 0].numel())
+                for start in range(0, len(images), together):
+                    own = slice(start, start + together)
+                    x = resized_crops(images[own].float().div_(255), part_of(crops, own), size)
+                    x = apply_looks(x.flatten(0, 1), part_of(looks, own))
+                    _normalize(x.unflatten(0, (n, -1)), self.mean, self.std, made[:, own])
+                views.extend(made.unbind(0))
         return views
+
+
+def part_of(parameters: Crops | Looks, images: slice | Tensor) -> Crops | Looks:
+    """The parameters of some of the images."""
+    return replace(parameters, **{f.name: getattr(parameters, f.name)[:, images] for f in fields(parameters)})
 
 
 def draw_boxes(
@@ -161,43 +173,11 @@ def resized_crops(
     images: Float[Tensor, "batch 3 height width"], crops: Crops, size: int
 ) -> Float[Tensor, "views batch 3 {size} {size}"]:
     """Crop, flip and resize to size × size pixels (bicubic, antialiased, clamped to [0, 1]), several views an image."""
-    batch, channels, height, width = images.shape
-    n_views = len(crops.boxes)
-    boxes = crops.boxes.transpose(0, 1).reshape(-1, 4).to(images.device)
-    flip = crops.flip.T.reshape(-1).to(images.device)
-    rows = resample_matrix(boxes[:, 0], boxes[:, 2], height, size)
-    columns = resample_matrix(boxes[:, 1], boxes[:, 3], width, size, flip)
-    # Along x: one product an image for all its views. Then along y: one product a view.
-    x = images.reshape(batch, channels * height, width) @ columns.view(batch, n_views * size, width).mT
-    x = x.view(batch, channels, height, n_views, size).permute(0, 3, 2, 1, 4)
-    x = rows @ x.reshape(batch * n_views, height, channels * size)
-    x = x.view(batch, n_views, size, channels, size).permute(1, 0, 3, 2, 4)
-    return x.contiguous().clamp_(0, 1)
-
-
-def resample_matrix(
-    start: Int[Tensor, "n"],
-    length: Int[Tensor, "n"],
-    size_in: int,
-    size_out: int,
-    flip: Bool[Tensor, "n"] | None = None,
-) -> Float[Tensor, "n {size_out} {size_in}"]:
-    """Weights that resize the pixels start .. start + length of a line of `size_in` to `size_out` pixels.
-
-    Keys' cubic kernel with a = −1/2, widened by the scale when it shrinks (antialiasing, as Pillow has it). Pixels
-    outside the crop get no weight and the rest is normalized to sum to one, as if the crop came first.
-    """
-    start, length = start[:, None, None], length[:, None, None]
-    out = torch.arange(size_out, device=start.device)[None, :, None]
-    if flip is not None:
-        out = torch.where(flip[:, None, None], size_out - 1 - out, out)
-    pixel = torch.arange(size_in, device=start.device) - start
-    scale = length / size_out
-    distance = ((pixel + 0.5 - scale * (out + 0.5)) / scale.clamp_min(1)).abs_()
-    near = (1.5 * distance - 2.5) * distance * distance + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, near, far) * ((distance < 2) & (pixel >= 0) & (pixel < length))
-    return weights / weights.sum(2, keepdim=True)
+    top, left, height, width = crops.boxes.flatten(0, 1).unbind(1)
+    rows = cubic_windows(top, height, size, device=images.device)
+    columns = cubic_windows(left, width, size, crops.flip.flatten(), images.device)
+    source = torch.arange(len(images), device=images.device).repeat(len(crops.boxes))
+    return mix(images, rows, columns, source).unflatten(0, crops.flip.shape).clamp_(0, 1)
 
 
 @torch.no_grad()
@@ -223,21 +203,21 @@ def eval_view(
         short, shorter = size * 256 // 224, min(height, width)
         with torch.autocast(images.device.type, enabled=False):
             rows, columns = (
-                _resize_and_crop_matrix(side, short * side // shorter, size, images.device) for side in (height, width)
+                _resize_and_crop(side, short * side // shorter, size, len(x), x.device) for side in (height, width)
             )
-            x = (rows @ x @ columns.mT).clamp_(0, 1)
-    return _normalize(x, mean, std)
+            x = mix(x, rows, columns).clamp_(0, 1)
+    return _normalize(x, mean, std, x)
 
 
-def _resize_and_crop_matrix(side: int, resized: int, size: int, device: torch.device) -> Tensor:
-    whole = torch.tensor([0, side], device=device)
-    first = round((resized - size) / 2)
-    return resample_matrix(whole[:1], whole[1:], side, resized)[0, first : first + size]
+def _resize_and_crop(side: int, resized: int, size: int, n: int, device: torch.device) -> Windows:
+    start = round((resized - size) / 2)
+    windows = cubic_windows(torch.tensor([0]), torch.tensor([side]), resized, device=device)
+    return tuple(v[:, start : start + size].expand(n, *[-1] * (v.ndim - 1)) for v in windows)
 
 
-def _normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def _normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor) -> Tensor:
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
-    return x.sub_(mean).div_(std)
+    return torch.sub(x, mean, out=out).div_(std)
 
 
 def _channels_first(images: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
+import contextlib
 import copy
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
+from prototypes_lib import stochastic_depth
 from prototypes_lib.backbones import Backbone, ConvolutionalBackbone, TransformerBackbone
 
 
@@ -222,3 +226,130 @@ def test_stochastic_depth_rises_with_depth_or_is_uniform():
     rising = Backbone("vit_nano_patch8", 32, drop_path_rate=0.3)
     uniform = Backbone("vit_nano_patch8", 32, drop_path_rate=0.3, uniform_drop_path=True)
     assert rates(rising) == pytest.approx([0.0, 0.1, 0.2, 0.3]) and rates(uniform) == [0.3] * 4
+
+
+@contextlib.contextmanager
+def bytes_kept(network):
+    """Counts the bytes of tensors kept for the backward pass, and of what goes into the blocks, which are kept too."""
+    seen = {}
+    keep = lambda x: seen.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage())
+    hooks = [b.register_forward_pre_hook(lambda _, args: keep(args[0]) and None) for b in network.vit.blocks]
+    for parameter in network.parameters():
+        keep(parameter)
+    before = len(seen)
+    count = lambda: sum(s.nbytes() for s in list(seen.values())[before:])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (keep(x), x)[1], lambda x: x):
+        yield count
+    for hook in hooks:
+        hook.remove()
+
+
+def gradients(network, x, seed=0):
+    network.zero_grad()
+    with stochastic_depth.at(seed, len(x)):
+        features, patches = network(x)
+    (features.square().sum() + patches.sin().sum()).backward()
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def test_recomputing_gives_the_same_gradients_for_a_fraction_of_the_memory():
+    options = {"embed_dim": 64, "depth": 6, "num_heads": 2, "drop_path_rate": 0.4, "proj_drop_rate": 0.1}
+    network = Backbone("vit_tiny_patch16_224", 64, **options).train()
+    x, found, kept, names = torch.randn(8, 3, 64, 64), [], [], list(network.state_dict())
+    for recompute in (False, True):
+        network.recompute = recompute
+        torch.manual_seed(0)  # of the dropout
+        with bytes_kept(network) as count:
+            network(x)
+        kept.append(count())
+        torch.manual_seed(0)
+        found.append(gradients(network, x))
+    assert list(network.state_dict()) == names
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert kept[1] < 0.25 * kept[0], kept
+
+
+def test_recomputed_blocks_meet_their_own_masks_when_two_calls_come_before_one_backward():
+    network, x = Backbone("vit_nano_patch8", 32, drop_path_rate=0.5).train(), torch.randn(6, 3, 32, 32)
+    found = []
+    for recompute in (False, True):
+        network.recompute = recompute
+        network.zero_grad()
+        with stochastic_depth.at(1, 6):
+            loss = network(x)[0].square().sum() + network(x[..., :16, :16])[0].sum()
+        with stochastic_depth.at(2, 6):
+            loss = loss + network(x)[1].sin().sum()
+        loss.backward()
+        found.append([p.grad.clone() for p in network.vit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_recomputing_a_resnet_counts_the_statistics_of_a_batch_once():
+    network = Backbone("resnet_pico", 32, drop_path_rate=0.5).train()
+    twin, x = copy.deepcopy(network), torch.randn(6, 3, 32, 32)
+    twin.recompute = True
+    one, other = gradients(network, x), gradients(twin, x)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for (name, a), b in zip(network.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_equal_eager_ones_in_few_programs_whatever_the_rows_and_sizes(recompute):
+    programs = []
+
+    def compiler(graph, inputs):
+        programs.append(graph)
+        return make_boxed_func(graph)
+
+    options = {"embed_dim": 32, "depth": 5, "num_heads": 2, "drop_path_rate": 0.3}
+    student = Backbone("vit_tiny_patch16_224", 64, **options).train()
+    teacher = copy.deepcopy(student)
+    for module in teacher.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    eager, names = copy.deepcopy(student), list(student.state_dict())
+    student.recompute = recompute
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=compiler)
+    student.compile_blocks(backend=backend)
+    teacher.compile_blocks(backend=backend)
+    assert list(student.state_dict()) == names
+    for step, (rows, size) in enumerate([(8, 64), (12, 32), (16, 64), (20, 32), (9, 64), (31, 32), (10, 96)]):
+        x = torch.randn(rows, 3, size, size)
+        mask = torch.rand(rows, size // 16, size // 16) < torch.rand(())
+        if step == 2:
+            warm = len(programs)
+        ours, theirs = gradients(student, x, step), gradients(eager, x, step)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            assert torch.allclose(teacher(x, mask)[0], eager.eval()(x, mask)[0], atol=1e-5)
+        eager.train()
+    assert len(programs) == warm, "rows, kept rows and sizes change without a new program"
+    assert warm <= 5, "with and without dropped rows, forward and backward, and the teacher's"
+    torch._dynamo.reset()
+
+
+def test_a_copy_of_compiled_blocks_is_not_compiled_and_a_resnet_refuses():
+    called = []
+    backend = lambda graph, inputs: called.append(1) or graph
+    network = Backbone("vit_pico_patch8", 32)
+    network.compile_blocks(backend=backend)
+    twin = copy.deepcopy(network)
+    twin(torch.randn(2, 3, 32, 32))
+    assert not called
+    with pytest.raises(ValueError, match="vision transformers"):
+        Backbone("resnet_pico", 32).compile_blocks()
+
+
+def test_attention_is_fused_in_timms_transformers_and_plain_in_ours_with_the_same_result():
+    real, ours = Backbone("vit_tiny_patch16_224", 64, depth=1), Backbone("vit_pico_patch8", 32).eval()
+    assert all(block.attn.fused_attn for block in real.vit.blocks)
+    assert not any(block.attn.fused_attn for block in ours.vit.blocks)
+    x = torch.randn(2, 3, 32, 32)
+    plain = ours(x)[0]
+    for block in ours.vit.blocks:
+        block.attn.fused_attn = True
+    assert torch.allclose(ours(x)[0], plain, atol=1e-5)

@@ -926,7 +926,7 @@ def test_extraction_without_a_filter_is_guarded_too_as_older_torchvisions_need(t
     info.type, info.linkname = kind, "../../etc/passwd"
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.addfile(info)
-    with sources._safe_tar(), tarfile.open(tmp_path / "x.tar") as archive, pytest.raises(tarfile.FilterError):
+    with sources.guarded(), tarfile.open(tmp_path / "x.tar") as archive, pytest.raises(tarfile.FilterError):
         archive.extractall(tmp_path / "to")
     assert not (tmp_path / "out").exists() and not (tmp_path / "to" / "out").exists()
 

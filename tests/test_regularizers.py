@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gloo import together
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prototypes_lib import ranks
 from prototypes_lib.regularizers import (
     coding_rate,
     expansion,
@@ -496,3 +498,57 @@ def test_no_codes_have_no_coding_rate():
     for function in (coding_rate, expansion):
         with pytest.raises(ValueError, match="no codes"):
             function(torch.empty(0, 3), 0.3)
+
+
+LOSSES_OF_A_BATCH = {
+    "mean_entropy": lambda x: mean_entropy(torch.softmax(x, -1)),
+    "prior_matching": lambda x: prior_matching(torch.softmax(x, -1), power_law(x.shape[-1], 0.5)),
+    "power_law_matching": lambda x: power_law_matching(torch.softmax(x, -1), 0.25),
+    "coding_rate": lambda z: coding_rate(z, EPS),
+    "coding_rate of tiny codes": lambda z: coding_rate(1e-7 * z, EPS),
+    "coding_rate, 2 groups": lambda z: coding_rate(z, EPS, 2),
+    "coding_rate, 6 groups": lambda z: coding_rate(z, EPS, 6),
+    "expansion": lambda z: expansion(z, EPS),
+    "expansion, 4 groups": lambda z: expansion(z, EPS, 4),
+    "koleo": koleo,
+    "koleo, near-copies": lambda x: koleo(1 + 1e-4 * x),
+    "koleo, parts": lambda x: koleo(x, parts=5, generator=rng(7)),
+}
+
+
+def batch_losses(x, counts):
+    """Value and gradient by this rank's rows of every loss of the batch; a random partition; each rank's own KoLeo."""
+    start = sum(counts[: ranks.rank()])
+    own = x[start : start + counts[ranks.rank()]]
+    found = {name: gradient(loss, own) for name, loss in LOSSES_OF_A_BATCH.items()}
+    return found, koleo(own, parts=3), gradient(lambda x: koleo(x, gathered=False), own) if len(own) else None
+
+
+def batch_losses_of_ranks(rank, x, counts):
+    torch.manual_seed(rank)  # ranks may differ in what they draw
+    found = batch_losses(x, counts)
+    with ranks.alone():
+        return *found, gradient(koleo, x)
+
+
+@pytest.mark.parametrize("counts", [[12, 12], [1, 11, 0, 12]], ids=str)
+def test_ranks_that_share_a_batch_have_the_loss_and_gradient_of_one_process(counts):
+    x = randn(24, 9, dtype=torch.float64)
+    torch.manual_seed(0)
+    expected, drawn, _ = batch_losses(x, [24])
+    seen = together(len(counts), batch_losses_of_ranks, x, counts)
+    for name, (value, slope) in expected.items():
+        for found, *_ in seen:
+            assert abs(float(found[name][0] - value)) <= 1e-12 * max(1, abs(float(value))), name
+        mean = torch.cat([found[name][1] for found, *_ in seen]) / len(counts)  # as DDP averages parameters' gradients
+        assert float((mean - slope).abs().max()) <= 1e-12 * max(1, float(slope.abs().max())), name
+    assert all(torch.equal(rank[1], drawn) for rank in seen), "a partition is one for all ranks"
+    for (_, _, local, whole), own in zip(seen, x.split(counts), strict=True):
+        assert local is None or torch.equal(local[0], koleo(own)), "the official KoLeo is of each rank's own rows"
+        assert torch.equal(whole[0], expected["koleo"][0]) and torch.equal(whole[1], expected["koleo"][1])
+
+
+def test_a_batch_without_rows_has_no_entropy_and_matches_any_prior():
+    for loss in (mean_entropy, lambda p: power_law_matching(p, 0.25)):
+        value, g = gradient(loss, torch.empty(0, 5))
+        assert float(value) == 0 and g.shape == (0, 5)

@@ -15,7 +15,9 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import ks_2samp
 
 from prototypes_lib import photometric
+from prototypes_lib import views as views_module
 from prototypes_lib.photometric import Looks, Photometric
+from prototypes_lib.resampling import cubic_windows, gaussian_windows
 from prototypes_lib.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -23,7 +25,7 @@ from prototypes_lib.views import (
     MultiCrop,
     draw_boxes,
     eval_view,
-    resample_matrix,
+    part_of,
     resized_crops,
 )
 
@@ -70,15 +72,42 @@ def test_a_resized_crop_is_torchvisions_antialiased_bicubic_resized_crop(height,
             torch.testing.assert_close(ours[v, b], expected.clamp(0, 1), atol=1e-4, rtol=0)
 
 
+def cubic_matrix(start, length, size_in, size_out):
+    """Keys' kernel, antialiased, as a dense matrix in double precision, pixel by pixel."""
+    matrix, scale = np.zeros((size_out, size_in)), length / size_out
+    for row in range(size_out):
+        for pixel in range(length):
+            d = abs(pixel + 0.5 - scale * (row + 0.5)) / max(scale, 1)
+            near, far = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+            matrix[row, start + pixel] = near if d < 1 else far if d < 2 else 0
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+def dense(windows, size_in):
+    """Windows as the matrices they stand for, (n, out, size_in)."""
+    first, weights = windows
+    pixel = (first[..., None] + torch.arange(weights.shape[2])).clamp(0, size_in - 1)
+    return torch.zeros(*first.shape, size_in).scatter_add(2, pixel, weights)
+
+
 @given(length=st.integers(1, 60), start=st.integers(0, 40), size_out=st.integers(1, 70))
-def test_resampling_weights_sum_to_one_and_stay_inside_the_crop(length, start, size_out):
-    weights = resample_matrix(torch.tensor([start]), torch.tensor([length]), 100, size_out)[0]
+def test_the_windows_of_a_resize_are_keys_kernel_inside_the_crop_and_nothing_outside(length, start, size_out):
+    start_, length_ = torch.tensor([start]), torch.tensor([length])
+    weights = dense(cubic_windows(start_, length_, size_out), 100)[0]
+    np.testing.assert_allclose(weights.numpy(), cubic_matrix(start, length, 100, size_out), atol=1e-4)
     torch.testing.assert_close(weights.sum(1), torch.ones(size_out), atol=1e-5, rtol=0)
-    outside = torch.ones(100, dtype=torch.bool)
-    outside[start : start + length] = False
-    assert (weights[:, outside] == 0).all()
-    flipped = resample_matrix(torch.tensor([start]), torch.tensor([length]), 100, size_out, torch.tensor([True]))[0]
+    flipped = dense(cubic_windows(start_, length_, size_out, torch.tensor([True])), 100)[0]
     assert torch.equal(flipped, weights.flip(0))
+
+
+@given(length=st.integers(1, 60), other=st.integers(1, 100), size_out=st.integers(1, 70))
+def test_a_window_is_the_same_bit_for_bit_whatever_else_is_resized_or_blurred(length, other, size_out):
+    zeros = torch.zeros(2, dtype=torch.long)
+    both = dense(cubic_windows(zeros, torch.tensor([length, other]), size_out), 100)[0]
+    assert torch.equal(both, dense(cubic_windows(zeros[:1], torch.tensor([length]), size_out), 100)[0])
+    sigma = torch.tensor([length, other]) / 30
+    both = dense(gaussian_windows(sigma, 40), 40)[0]
+    assert torch.equal(both, dense(gaussian_windows(sigma[:1], 40), 40)[0])
 
 
 def test_a_crop_of_the_size_of_its_view_copies_the_pixels():
@@ -93,7 +122,7 @@ def test_each_jitter_operation_is_torchvisions(name):
     x[0, :, :3] = 0.5  # gray pixels, whose hue is undefined
     x[1, 0] = x[1, 1]  # ties between channels
     factor = torch.tensor([-0.5, 0.5, 0.07, -0.1, 0.0, 0.3]) + (0 if name == "hue" else 1)
-    ours = getattr(photometric, f"adjust_{name}")(x, factor)
+    ours = getattr(photometric, f"adjust_{name}")(x.clone(), factor)
     for i in range(6):
         expected = getattr(F, f"adjust_{name}")(x[i], float(factor[i]))
         torch.testing.assert_close(ours[i], expected, atol=2e-5, rtol=0)
@@ -104,14 +133,14 @@ def test_grayscale_is_torchvisions_and_solarize_is_pillows():
     x = channels_first(images).float() / 255
     torch.testing.assert_close(photometric.grayscale(x), F.rgb_to_grayscale(x), atol=1e-6, rtol=0)
     pillow = np.asarray(ImageOps.solarize(Image.fromarray(images[0].numpy())))  # its default threshold is 128
-    assert np.array_equal((photometric.solarize(x)[0] * 255).round().numpy().transpose(1, 2, 0), pillow)
+    assert np.array_equal((photometric.solarize(x.clone())[0] * 255).round().numpy().transpose(1, 2, 0), pillow)
 
 
 @pytest.mark.parametrize("size", [(4, 7), (32, 32), (40, 21)])
 def test_blur_is_a_gaussian_filter_that_repeats_the_edge(size):
     x = torch.rand(5, 3, *size, generator=seeded())
     sigma = torch.tensor([0.1, 0.4, 1.0, 1.7, 2.0])
-    blurred = photometric.gaussian_blur(x, sigma)
+    blurred = photometric.gaussian_blur(x.clone(), sigma)
     for i, s in enumerate(sigma.tolist()):
         expected = gaussian_filter(x[i].double().numpy(), (0, s, s), mode="nearest", truncate=12 / s)
         np.testing.assert_allclose(blurred[i].numpy(), expected, atol=2e-5)
@@ -119,7 +148,7 @@ def test_blur_is_a_gaussian_filter_that_repeats_the_edge(size):
 
 def test_blur_leaves_a_constant_image_constant():
     x = torch.full((3, 3, 6, 6), 0.37)
-    blurred = photometric.gaussian_blur(x, torch.tensor([0.1, 1.0, 5.0]))
+    blurred = photometric.gaussian_blur(x.clone(), torch.tensor([0.1, 1.0, 5.0]))
     torch.testing.assert_close(blurred, x, atol=1e-6, rtol=0)
 
 
@@ -260,6 +289,30 @@ def test_a_seed_gives_the_same_views_bit_for_bit_under_autocast_too_and_on_every
         assert all(torch.equal(again[v], here[0][v]) for again in here)
         assert ((here[0][v].cpu() - view).abs() > 1e-3).float().mean() < 1e-3
         assert not torch.equal(other[v], view)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("height", "crop"), [(40, SMALL), (50, MultiCrop(n_local=2, global_size=33, local_size=15))])
+def test_views_of_a_part_of_the_images_are_those_of_the_whole_bit_for_bit(height, crop, threads):
+    images = picture(12, height, height - 3)
+    parameters = crop.draw(12, height, height - 3, seeded(3))
+    torch.set_num_threads(threads)
+    try:
+        whole = crop.make(images, parameters)
+        for n in (1, 3, 6):
+            for start in range(0, 12, n):
+                own = slice(start, start + n)
+                views = crop.make(images[own], [(size, part_of(c, own), part_of(l, own)) for size, c, l in parameters])
+                assert all(torch.equal(a, b[own]) for a, b in zip(views, whole, strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_images_made_a_few_at_a_time_to_stay_in_the_cache_are_those_made_at_once(monkeypatch):
+    images = picture(9, 32, 32)
+    once = SMALL.views(images, seeded())
+    monkeypatch.setitem(views_module.TOGETHER, "cpu", 1)
+    assert all(torch.equal(a, b) for a, b in zip(SMALL.views(images, seeded()), once, strict=True))
 
 
 def test_images_of_a_batch_get_different_parameters():

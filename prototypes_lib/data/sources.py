@@ -4,15 +4,15 @@ Every reader returns a `Listing`: what to decode (paths) or what is decoded alre
 labels and class names. Nothing is decoded here, so a broken layout is found before any work starts.
 """
 
-import contextlib
 import json
 import os
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from prototypes_lib.archives import guarded
 
 EXTENSIONS = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp"),
@@ -119,19 +119,6 @@ def same_classes(train: Sequence[str], test: Sequence[str], train_name: str, tes
 # ------------------------------------------------------------------------------------------ torchvision
 
 
-@contextlib.contextmanager
-def _safe_tar() -> Iterator[None]:
-    """Make every tar extraction in this block refuse members that leave the folder, links out of it, devices."""
-    if not hasattr(tarfile, "data_filter"):
-        raise RuntimeError("this Python extracts archives unsafely; use 3.11.4 or later")
-    before = tarfile.TarFile.extraction_filter
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    try:
-        yield
-    finally:
-        tarfile.TarFile.extraction_filter = before if before is None else staticmethod(before)
-
-
 def _open(make: Callable, download: bool):
     """`make(download=False)`, and only if nothing is there `make(download=True)`: some classes fetch anew."""
     try:
@@ -139,7 +126,7 @@ def _open(make: Callable, download: bool):
     except (RuntimeError, FileNotFoundError) as missing:
         if not download:
             raise FileNotFoundError(str(missing).splitlines()[0]) from missing
-    with _safe_tar():
+    with guarded():
         return make(download=True)
 
 
@@ -237,7 +224,7 @@ def inaturalist_2018(root: Path, split: str, download: bool) -> Listing:
             raise FileNotFoundError(f"{images} not found")
         from torchvision.datasets import INaturalist
 
-        with _safe_tar():
+        with guarded():
             INaturalist(root, version="2018", download=True)
     content = json.loads(list_file.read_text())
     try:
