@@ -299,6 +299,37 @@ FAULTS: list[Fault] = [
         ("all prototypes are set to unit length", "        if self.plain:\n", "        if True:\n"),
     ),
     *_in(
+        "stochastic_depth.py",
+        (
+            "kept branches are not weighted",
+            "weight = keep / (1 - dropping[:, None]).clamp_min(1e-9)",
+            "weight = keep * 1.0",
+        ),
+        (
+            "all ranks draw the masks of the first rows",
+            "whole[..., _place.start : _place.start + _place.size]",
+            "whole[..., : _place.size]",
+        ),
+        ("rows are dropped in eval mode", "p.drop_prob if p.training else 0.0", "p.drop_prob"),
+        ("a ResNet's masks stay for its next call", "path.kept = None\n\n\ndef _paths", "pass\n\n\ndef _paths"),
+    ),
+    *_in(
+        "batch_norm.py",
+        ("the running variance is the biased one", "unbiased = var * (n / (n - 1).clamp_min(1))", "unbiased = var"),
+        ("a single row is remembered", "many = n > 1", "many = n > 0"),
+        ("a second computation is remembered", "setattr(module, name, buffer.clone())", "pass"),
+    ),
+    *_in(
+        "precision.py",
+        (
+            "a direction's gradient keeps its part along the vector",
+            "torch.addcmul(grad, y, along + grad_r * r, value=-1)",
+            "grad.clone()",
+        ),
+        ("directions overflow", "torch.where(largest == 0, 1.0, largest)", "torch.ones_like(largest)"),
+        tests=("heads",),
+    ),
+    *_in(
         "vmf.py",
         ("the sign of the derivative of log C_p", "return -grad * kappa * _Slope", "return grad * kappa * _Slope"),
         (

@@ -5,13 +5,14 @@ grayscale, blur, solarization, normalization. Ours has both cores as threads of 
 official code has two worker processes of a torch DataLoader, kept alive from pass to pass; kornia, where it is
 installed, works on the batch with parameters drawn for each image.
 
-    python benchmarks/multicrop_peers.py
+    python benchmarks/multicrop_peers.py [--kornia]
 """
 
 import functools
 import importlib.util
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -167,7 +168,7 @@ def _kornia_views(crop: MultiCrop) -> list[torch.nn.Module]:
 # ------------------------------------------------------------------------------------------------- together
 
 
-def cases(small: bool = False) -> dict[str, tuple[Callable, dict[str, Callable], Callable]]:
+def cases(small: bool = False, with_kornia: bool = True) -> dict[str, tuple[Callable, dict[str, Callable], Callable]]:
     """name: (ours, {peer: the same by it}, check). Every function makes all views of one pass and returns the last.
 
     `check()` raises AssertionError unless both sides give views of the same shapes, mean and spread.
@@ -177,7 +178,7 @@ def cases(small: bool = False) -> dict[str, tuple[Callable, dict[str, Callable],
         n = n // 4 if small else n
         images = pictures(64, side)
         sides = {"ours": ours, "Pillow, 2 workers": pil_two_workers}
-        if importlib.util.find_spec("kornia"):
+        if with_kornia and importlib.util.find_spec("kornia"):
             sides["kornia"] = kornia_batches
         run = {side_: functools.partial(_pass, make, images, crop, n) for side_, make in sides.items()}
         found[name] = run.pop("ours"), run, functools.partial(_check, images, crop)
@@ -185,7 +186,10 @@ def cases(small: bool = False) -> dict[str, tuple[Callable, dict[str, Callable],
 
 
 def _pass(make: Callable, images: Tensor, crop: MultiCrop, n: int) -> Batch:
-    for views in make(images, crop, n, min(n, 32 if crop.global_size > 64 else 256)):
+    batch = 32 if crop.global_size > 64 else 256
+    if make is pil_two_workers:
+        batch //= 4  # several batches a worker, so that both end together
+    for views in make(images, crop, n, min(n, batch)):
         last = views
     return last
 
@@ -202,7 +206,7 @@ def _check(images: Tensor, crop: MultiCrop) -> None:
 
 def main(repeats: int = 5) -> None:
     torch.set_num_threads(2)
-    for name, (mine, peers, check) in cases().items():
+    for name, (mine, peers, check) in cases(with_kornia="--kornia" in sys.argv).items():
         check()
         n, sides = SETTINGS[name][1], {"ours": mine, **peers}
         seconds: dict[str, list[float]] = {side: [] for side in sides}

@@ -3,6 +3,7 @@
 import bz2
 import contextlib
 import gzip
+import io
 import lzma
 import os
 import stat
@@ -11,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
 
 from prototypes_lib import storage
 
@@ -136,7 +136,7 @@ def _check_names(names: Sequence[tuple[str, bool]]) -> None:
 class _Capped:
     """A file that may be read up to a limit, and never in large pieces: headers are small, contents come in blocks."""
 
-    def __init__(self, file: BinaryIO, limit: int):
+    def __init__(self, file: io.BufferedIOBase, limit: int):
         self.file, self.limit = file, limit
 
     def read(self, n: int = -1) -> bytes:

@@ -62,7 +62,8 @@ class Backbone(nn.Module):
             (bicubic without antialias, 0.1 added to the target grid), which matters for features of released weights.
             A ResNet has none.
         options: passed to timm: drop_path_rate, pretrained, reg_tokens, init_values, patch_size ...; a transformer's
-            drop_path_rate rises from block to block, with uniform_drop_path=True all have it (DINOv2).
+            drop_path_rate rises from block to block, with uniform_drop_path=True all have it (DINOv2). Its blocks don't
+            compute what they drop (`stochastic_depth`).
 
     Attributes:
         dim: of the features and of the patches.
@@ -215,7 +216,8 @@ class TransformerBackbone(Backbone):
 class ConvolutionalBackbone(Backbone):
     """A ResNet: its features are the pooled last feature map, its patches the places of that map.
 
-    Unlike timm's default, residual branches don't start at zero: torchvision's, which SwAV and DINO train, don't.
+    Unlike timm's default, residual branches don't start at zero: torchvision's, which SwAV and DINO train, don't. Its
+    BatchNorm is over the images of all processes.
     """
 
     def _build(self, image_size: int, options: dict) -> None:

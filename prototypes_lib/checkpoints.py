@@ -71,14 +71,18 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path, expect_hash: str | None = None) -> int | None:
-    """Step of the newest checkpoint that verifies, None where there is none at all.
+    """Step of the newest checkpoint that verifies, None where there is none at all; for the one who goes on with a run.
 
-    Each damaged one that is newer is named in a line on stderr. expect_hash: the run's; another run's is no good.
+    What a dead process left half-written is put in order first. Each damaged checkpoint that is newer is named in a
+    line on stderr. expect_hash: the run's; another run's is no good.
 
     Raises ValueError where there are checkpoints and all are damaged: to start anew in silence would lose the run.
     """
-    folder = Path(folder)
-    storage.tidy(folder / "checkpoints")
+    storage.tidy(Path(folder) / "checkpoints")
+    return _walk_back(Path(folder), expect_hash)
+
+
+def _walk_back(folder: Path, expect_hash: str | None) -> int | None:
     reason = ""
     for step in reversed(steps(folder)):
         reason = damage(folder, step, expect_hash)
@@ -297,14 +301,13 @@ def _check(path: str | Path, network: str) -> Path:
 
 def _newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of a run's newest good checkpoint; the config is the checkpoint's own where it has one."""
-    storage.tidy(folder / "checkpoints")
     if not (folder / "config.json").is_file() or not steps(folder):
         raise FileNotFoundError(f"{folder} is neither a run folder with a checkpoint nor an export")
     try:
         config = dict(json.loads((folder / "config.json").read_bytes()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged ({error}); restore it or train the run again") from error
-    place = _place(folder, newest(folder, config.get("hash")))
+    place = _place(folder, _walk_back(folder, config.get("hash")))
     if (place / "config.json").is_file():
         config = json.loads((place / "config.json").read_bytes())
     return config, load_file(place / "model.safetensors")

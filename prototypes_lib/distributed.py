@@ -63,14 +63,17 @@ def group(device: torch.device, *, patience: float = 20.0, beat: float = 1.0) ->
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    watch = _join(rank, world, device, patience, beat)
+    store, watch = _meet(rank, world, patience, beat)
+    nccl = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    within = datetime.timedelta(seconds=COLLECTIVE_S)
     try:
+        dist.init_process_group(**nccl, store=store, rank=rank, world_size=world, timeout=within)
         yield device, watch
     except BaseException as error:
         if _of_collective(error):
             watch.blame()
         watch.leave(f"{type(error).__name__}: {error}".splitlines()[0])
-        if device.type == "cpu":
+        if device.type == "cpu" and dist.is_initialized():
             dist.destroy_process_group()  # NCCL's could wait for the others
         raise
     watch.leave()
@@ -98,29 +101,23 @@ def _place() -> tuple[int, int, int] | None:
     return (rank, world, local) if world > 1 else None
 
 
-def _join(rank: int, world: int, device: torch.device, patience: float, beat: float) -> Watch:
+def _meet(rank: int, world: int, patience: float, beat: float) -> tuple[dist.Store, Watch]:
+    """The store that all processes share, and the watch, which has begun."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    patient = datetime.timedelta(seconds=JOIN_S)
+    within = datetime.timedelta(seconds=JOIN_S)
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=patient))
-        cuda = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-            timeout=datetime.timedelta(seconds=COLLECTIVE_S), **cuda,
-        )  # fmt: skip
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=within))
         # a client of its own: the group's may be waiting in another thread
-        client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patient)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        launcher = f"the launcher at {address}:{port}"
-        host = launcher if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
-        watch = Watch(dist.PrefixStore(f"watch/{attempt}", client), rank, world, host, patience, beat)
-        barrier()
+        client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=within)
+        apart = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
+        launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        watch = Watch(apart, rank, world, f"the launcher at {address}:{port}" if launcher else None, patience, beat)
         watch.start()
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {rank} could not join the {world} processes at {address}:{port}: {str(error).splitlines()[0]}"
+            f"rank {rank}: not all of {world} processes have met at {address}:{port}: {str(error).splitlines()[0]}"
         ) from error
-    return watch
+    return store, watch
 
 
 def _of_collective(error: BaseException) -> bool:
@@ -204,7 +201,8 @@ def spawn(function: Callable[..., Any], args: tuple = (), n: int = 2) -> Any:
 
 
 def _child(rank: int, n: int, port: int, folder: str, function: Callable, args: tuple) -> None:
-    os.setsid()  # a terminal's Ctrl-C reaches the parent alone, which passes it on
+    if hasattr(os, "setsid"):  # a terminal's Ctrl-C reaches the parent alone, which passes it on
+        os.setsid()
     threading.Thread(target=_outlive_nobody, daemon=True).start()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -4,6 +4,7 @@ Order of a step, as in the official code: targets from the teacher with the cent
 (in `train`) optimizer and EMA.
 """
 
+import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ class Network(nn.Module):
 class Step:
     """A step's loss (to differentiate), its parts, and meters: all 0-d tensors, read them when you can wait.
 
-    Meters of a method with prototypes, in nats: teacher_entropy, the mean entropy of the targets; kl, the image term
-    minus it; marginal_entropy, the entropy of the mean target.
+    Meters of a method with prototypes, in nats and of all ranks' rows: teacher_entropy, the mean entropy of the
+    targets; kl, the image term minus it; marginal_entropy, the entropy of the mean target.
     """
 
     loss: Float[Tensor, ""]
@@ -149,7 +150,9 @@ class Learner(nn.Module):
             "patch probabilities": lambda: probabilities(patch_codes, w_patch),
         }
         for weight, function, place in method.regularizers:
-            values = [at(function, progress)(x) for x in places[place]() if ranks.count(len(x))]
+            # prototypes are the same on all ranks, rows are each rank's own
+            with ranks.alone() if place == "prototypes" else contextlib.nullcontext():
+                values = [at(function, progress)(x) for x in places[place]() if ranks.count(len(x))]
             value = sum(values, start=loss.new_zeros(())) / (1 if place == "features" else max(len(values), 1))
             name = f"{getattr(function, 'func', function).__name__} on {place}"
             parts[name] = parts[name] + value if name in parts else value
@@ -178,7 +181,7 @@ class Learner(nn.Module):
         groups = t_codes[None] if method.joint_targets else t_codes[:, None]
         image, measured = self._loss_of_views(predictions, w, groups, temperature, epoch, meters)
         if meters:
-            measured["kl"] = image.detach() - measured["teacher_entropy"]
+            measured["kl"] = ranks.total(image.detach()) / ranks.world() - measured["teacher_entropy"]
         return image, measured
 
     def _loss_of_views(

@@ -114,8 +114,9 @@ def prepare(blocks: Iterable[nn.Module]) -> None:
 def draw(blocks: Iterable[nn.Module], x: Tensor) -> list[list[Rows] | None]:
     """Masks for one call with the rows of x: for each block None, or the rows that each of its branches keeps.
 
-    Outside `at` they come from torch's global generator; where nothing is dropped, none is touched. A branch that no
-    row keeps computes the first one with weight 0: its parameters get zeros for a gradient, not None.
+    Outside `at` they come from torch's global generator; where nothing is dropped, none is touched. A branch that fewer
+    than two rows keep computes the first two all the same, with weight 0: without any its parameters would have no
+    gradient, and for a single one torch.compile makes a program of its own.
 
     Raises:
         ValueError: rows that are no whole number of this process's slices of the batch.
@@ -126,7 +127,7 @@ def draw(blocks: Iterable[nn.Module], x: Tensor) -> list[list[Rows] | None]:
         return [None] * len(rates)
     keep = _uniform(len(dropping), len(x)) >= dropping[:, None]
     weight = keep / (1 - dropping[:, None]).clamp_min(1e-9)
-    keep[~keep.any(1), 0] = True
+    keep[keep.sum(1) < 2, :2] = True
     sizes = keep.sum(1).tolist()
     index = keep.nonzero()[:, 1].to(x.device, non_blocking=True)
     weight = weight[keep].to(x.device, torch.promote_types(x.dtype, torch.float32), non_blocking=True)

@@ -2,7 +2,7 @@
 
 A folder carries manifest.json with size and sha256 of each of its files; `verify` compares. What cannot be written is
 one clear OSError, leaves nothing behind and harms nothing older. A process that dies halfway leaves a hidden
-`.name.PID.new` or `.name.PID.old`; the next write (or reader, see `tidy`) puts that in order.
+`.name.PID.new` or `.name.PID.old`; the next write, or `tidy`, puts that in order.
 """
 
 import contextlib
@@ -139,8 +139,9 @@ def label_of(path: Path) -> str:
 def tidy(parent: str | Path, name: str | None = None) -> None:
     """Remove what dead processes left half-written in `parent`, and bring back what they had moved aside.
 
-    name: only what belongs to the file or folder of this name. What belongs to a living process is left alone, and so
-    is everything where this process may not write.
+    name: only what belongs to the file or folder of this name. What belongs to a living process of this machine is left
+    alone, and so is everything where this process may not write; whether one on another machine lives cannot be seen,
+    so this is for the one who holds the folder (locks.py), not for readers.
     """
     parent = Path(parent)
     with contextlib.suppress(OSError):

@@ -6,7 +6,10 @@ Random numbers are drawn on the CPU, from a generator, before any pixel is touch
 on every device. All views of one size are made together, on a CPU those of so many images that they stay in its cache.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -18,7 +21,7 @@ from prototypes_lib.resampling import Windows, cubic_windows, mix
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-TOGETHER = {"cpu": 2**20}  # numbers of views made at once on a device: 4 MB, within a processor's cache
+TOGETHER = {True: 2**20, False: 2**29}  # pixels of views made at once on a CPU (4 MB, within its cache), on a GPU
 
 
 @dataclass(frozen=True)
@@ -111,23 +114,42 @@ class MultiCrop:
             parameters.append((size, Crops(boxes, flip), draw_looks(kinds, n, self.blur_sigma, generator)))
         return parameters
 
-    @torch.no_grad()
     def make(self, images: Tensor, parameters: list[tuple[int, Crops, Looks]]) -> list[Float[Tensor, "batch 3 _ _"]]:
         """Make the views that `parameters` describe; no randomness in here, and no image depends on another one."""
         images = _channels_first(images)
         views = []
-        with torch.autocast(images.device.type, enabled=False):
-            for size, crops, looks in parameters:
-                n = len(crops.flip)
-                made = torch.empty(n, len(images), 3, size, size, device=images.device)
-                together = max(1, TOGETHER.get(images.device.type, 2**29) // made[:, 0].numel())
-                for start in range(0, len(images), together):
-                    own = slice(start, start + together)
-                    x = resized_crops(images[own].float().div_(255), part_of(crops, own), size)
-                    x = apply_looks(x.flatten(0, 1), part_of(looks, own))
-                    _normalize(x.unflatten(0, (n, -1)), self.mean, self.std, made[:, own])
-                views.extend(made.unbind(0))
+        for size, crops, looks in parameters:
+            made = torch.empty(len(crops.flip), len(images), 3, size, size, device=images.device)
+            _over_images(functools.partial(self._make, images, size, crops, looks, made), made)
+            views.extend(made.unbind(0))
         return views
+
+    @torch.no_grad()
+    def _make(self, images: Tensor, size: int, crops: Crops, looks: Looks, made: Tensor, own: slice) -> None:
+        with torch.autocast(images.device.type, enabled=False):
+            x = resized_crops(images[own].float().div_(255), part_of(crops, own), size)
+            x = apply_looks(x.flatten(0, 1), part_of(looks, own))
+            _normalize(x.unflatten(0, (len(made), -1)), self.mean, self.std, made[:, own])
+
+
+def _over_images(make: Callable[[slice], None], made: Float[Tensor, "views batch 3 _ _"]) -> None:
+    """Call `make` with slices of the images: on a CPU a few at a time, in as many threads as torch has.
+
+    Threads that do one slice each never wait for each other, as threads that share every operation would.
+    """
+    cpu = made.device.type == "cpu"
+    n, threads = made.shape[1], torch.get_num_threads() if cpu else 1
+    together = min(-(-n // threads), max(1, TOGETHER[cpu] // made[:, 0].numel()))
+    slices = [slice(start, start + together) for start in range(0, n, together)]
+    if threads == 1:
+        for own in slices:
+            make(own)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(make, slices))
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets for itself is the default of those to come
 
 
 def part_of(parameters: Crops | Looks, images: slice | Tensor) -> Crops | Looks:

@@ -60,7 +60,7 @@ class Watch:
             self._tell()
 
     def start(self) -> None:
-        """Begin; all ranks have made their Watch."""
+        """Wait for the first word of all, and begin."""
         if self._store is None:
             return
         self._said = self._heard()
@@ -125,7 +125,7 @@ class Watch:
             while not self._over.wait(self._beat):
                 self._beats += 1
                 self._moves += self._busy > 0
-                self._calls = dist.group.WORLD._get_sequence_number_for_group()  # collectives begun, DDP's too
+                self._calls = _begun()
                 self._tell()
                 before, self._said = self._said, self._heard()
                 self._silent = 0
@@ -182,3 +182,8 @@ class Watch:
                 if self._host == self._name():  # the others read the verdict before the store goes
                     time.sleep(2 * self._beat)
         os._exit(STATUS)
+
+
+def _begun() -> int:
+    """Collectives that this process has begun, DDP's and FSDP's too; 0 before there is a group."""
+    return dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0

@@ -31,7 +31,7 @@ def together(n: int, function: Callable[..., Any], *args: Any, timeout: float = 
     """function(rank, *args) in n processes that form a group, and what they return, by rank.
 
     The function is one of a test module, arguments and results can be pickled. Raises AssertionError with the
-    traceback of the first rank that raised, or with the ranks that were not done in time.
+    traceback of a rank that raised, or with the ranks that were not done in time.
     """
     if not _store:
         _store.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
@@ -45,22 +45,21 @@ def together(n: int, function: Callable[..., Any], *args: Any, timeout: float = 
     job = pickle.dumps((next(_calls), n, function, args))
     for _, pipe in _pool[:n]:
         pipe.send_bytes(job)
-    results, errors, until = _gather(n, timeout)
+    results, errors = _gather(n, timeout)
     if errors or len(results) < n:
-        late = sorted(set(range(n)) - results.keys() - errors.keys())
         _clear()
-        first = (
-            f"rank {min(errors, key=until.get)} of {n} raised\n{errors[min(errors, key=until.get)]}" if errors else ""
-        )
-        raise AssertionError(first or f"ranks {late} of {n} were not done within {timeout:.0f} s")
+    if errors:  # a peer that lost its connection only says so
+        first = min(errors, key=lambda rank: "gloo/transport" in errors[rank])
+        raise AssertionError(f"rank {first} of {n} raised\n{errors[first]}")
+    if late := sorted(set(range(n)) - results.keys()):
+        raise AssertionError(f"ranks {late} of {n} were not done within {timeout:.0f} s")
     return [results[rank] for rank in range(n)]
 
 
-def _gather(n: int, timeout: float) -> tuple[dict[int, Any], dict[int, str], dict[int, float]]:
+def _gather(n: int, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
     pipes = {pipe: rank for rank, (_, pipe) in enumerate(_pool[:n])}
     results: dict[int, Any] = {}
     errors: dict[int, str] = {}
-    times: dict[int, float] = {}
     until = time.monotonic() + timeout
     while pipes and (left := until - time.monotonic()) > 0:
         for pipe in multiprocessing.connection.wait(list(pipes), left):
@@ -72,9 +71,9 @@ def _gather(n: int, timeout: float) -> tuple[dict[int, Any], dict[int, str], dic
             if right:
                 results[rank] = value
             else:
-                errors[rank], times[rank] = value, time.monotonic()
+                errors[rank] = value
                 until = min(until, time.monotonic() + GRACE_S)
-    return results, errors, times
+    return results, errors
 
 
 def _serve(rank: int, pipe: Any, port: int) -> None:

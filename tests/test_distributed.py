@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -168,17 +169,17 @@ def test_a_rank_that_leaves_too_early_is_named(tmp_path):
 
 @pytest.mark.parametrize("trouble", ["slow start", "busy"])
 def test_a_long_first_step_and_long_writing_are_no_stall(trouble, tmp_path):
-    with Processes(2, tmp_path, steps, {"patience": 0.3, "beat": 0.05}, trouble, 1.0) as processes:
+    with Processes(2, tmp_path, steps, {"patience": 1.0, "beat": 0.1}, trouble, 1.6) as processes:
         assert processes.end(0, 1, within=60.0) == {0: (0, ""), 1: (0, "")}
 
 
 def quit_apart(rank, folder):
     """Rank 0 ends long after the others; nobody is missed."""
-    with distributed.group(CPU, patience=0.3, beat=0.05) as (device, watch):
+    with distributed.group(CPU, patience=1.0, beat=0.1) as (device, watch):
         assert device == CPU and ranks.world() == 2 and ranks.rank() == rank
         watch.alive(0)
         if rank == 0:
-            time.sleep(1.0)
+            time.sleep(1.6)
     assert not dist.is_initialized()
 
 
@@ -189,7 +190,7 @@ def test_ranks_that_end_at_different_times_are_not_missed(tmp_path):
 
 def fail_together(rank, folder):
     """An error all ranks agreed on, after which rank 0 still writes something."""
-    with distributed.group(CPU, patience=1.0, beat=0.05) as (_, watch):
+    with distributed.group(CPU, patience=1.0, beat=0.1) as (_, watch):
         watch.alive(0)
         dist.barrier()
         if rank == 0:
@@ -259,6 +260,25 @@ def test_ranks_agree_where_one_says_so_and_take_the_firsts_value():
     assert together(2, decide) == [((True, False, True), {"folder": "runs/a"})] * 2
 
 
+def raise_on_last(rank, n):
+    if rank == n - 1:
+        raise LookupError("no such crop")
+    dist.barrier()
+
+
+def test_the_tests_own_processes_show_what_failed_and_go_on():
+    with pytest.raises(AssertionError, match=r"rank 1 of 2 raised\n(.*\n)*LookupError: no such crop"):
+        together(2, raise_on_last, 2)
+    with pytest.raises(AssertionError, match=r"ranks \[1\] of 2 were not done within 1 s"):
+        together(2, sleep_on_last, 2, timeout=1.0)
+    assert together(2, decide)[0][1] == {"folder": "runs/a"}
+
+
+def sleep_on_last(rank, n):
+    if rank == n - 1:
+        time.sleep(60.0)
+
+
 def gradients(rank, name, n, parts, world):
     """Gradients of a step over `parts` parts, of this rank's rows of each, in float64."""
     method = small(name)
@@ -321,3 +341,59 @@ def test_a_failure_in_fresh_processes_is_one_error_that_names_the_rank():
     assert isinstance(error.value.__cause__, ValueError)
     with pytest.raises(RuntimeError, match="rank 1 of 2: killed by SIGKILL"):
         distributed.spawn(vanish, (), 2)
+
+
+def wait_long(folder):
+    with distributed.group(CPU):
+        (folder / f"{ranks.rank()}.started").touch()
+        try:
+            time.sleep(60.0)
+        finally:
+            (folder / f"{ranks.rank()}.ended").touch()
+
+
+def start_waiting(folder):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()
+    try:
+        distributed.spawn(with_handler, (folder,), 2)
+    except KeyboardInterrupt:
+        (folder / "interrupted").touch()
+
+
+def with_handler(folder):
+    """As a run does: SIGTERM is an exception."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    wait_long(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_fresh_processes_end_when_their_parent_is_interrupted_or_killed(end, tmp_path):
+    parent = CONTEXT.Process(target=start_waiting, args=(tmp_path,))
+    parent.start()
+    until = time.monotonic() + 60.0
+    while len(list(tmp_path.glob("*.started"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(parent.pid, end)
+    parent.join(20.0)
+    while len(list(tmp_path.glob("*.ended"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert {p.name for p in tmp_path.glob("*.ended")} == {"0.ended", "1.ended"}
+    assert (tmp_path / "interrupted").exists() == (end == signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_group(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from prototypes_lib import distributed, ranks\n"
+        "with distributed.group(torch.device('cpu')) as (device, watch):\n"
+        "    print(ranks.rank(), int(ranks.total(torch.tensor(1 + ranks.rank()))), device, flush=True)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    said = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert sorted(said.stdout.splitlines()) == ["0 3 cpu", "1 3 cpu"], said.stderr

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from prototypes_lib.heads import Projector, Prototypes
+from prototypes_lib.precision import directions
 
 
 def test_codes_are_unit_and_float32_under_autocast():
@@ -76,3 +77,41 @@ def test_renormalizing_leaves_weight_normalized_prototypes_alone():
 def test_a_projector_of_two_layers_with_relu_is_swavs():
     names = [type(m).__name__ for m in Projector(12, 32, 8, layers=2, batch_norm=True, activation="relu").mlp]
     assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+
+
+def plain_directions(x):
+    """x / |x| by torch's own operations, differentiable as often as one likes."""
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    return F.normalize(x / torch.where(largest > 0, largest, torch.inf), dim=-1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_directions_and_their_gradients_at_any_length(scale):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(50, 7, generator=generator) * scale, torch.randn(50, 7, generator=generator)
+    x[3] = 0
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, expected = directions(ours), plain_directions(theirs)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert torch.allclose(y.double(), expected, atol=1e-6)
+    assert torch.allclose(ours.grad.double() * scale, theirs.grad * scale, rtol=1e-4, atol=1e-5)
+    assert not y[3].any() and not ours.grad[3].any()
+
+
+def test_directions_can_be_differentiated_twice_and_mapped():
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(directions, x) and torch.autograd.gradgradcheck(directions, x)
+    value = lambda x: (directions(x) * torch.arange(5)).sin().sum()
+    mapped = lambda x: (torch.vmap(directions)(x) * torch.arange(5)).sin().sum()
+    (expected,) = torch.autograd.grad(value(x), x)
+    assert torch.allclose(torch.autograd.grad(mapped(x), x)[0], expected)
+    assert torch.allclose(torch.func.grad(value)(x), expected)
+
+
+def test_directions_keep_nothing_for_the_backward_pass_but_the_result():
+    x, kept = torch.randn(64, 16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y = directions(x)
+    assert sorted(t.numel() for t in kept) == [64, 64 * 16]
+    assert y.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in kept}

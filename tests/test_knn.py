@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from prototypes_lib import evaluate
 from prototypes_lib.evaluate import Features
-from prototypes_lib.evaluate.knn import wilson
+from prototypes_lib.evaluate.knn import neighbors, wilson
 
 
 def _features(n, dim=6, classes=4, seed=0, noise=0.6):
@@ -70,3 +70,31 @@ def test_features_of_any_precision_and_a_tiny_temperature_vote():
         assert evaluate.knn(train, test, 5).accuracy == expected
     sharp = evaluate.knn(train, test, (5,), temperature=1e-4).accuracy[5]
     assert sharp == evaluate.knn(train, test, 1).accuracy[1]  # the nearest alone decides
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 403])
+@pytest.mark.parametrize("k", [1, 3, 7, 50])
+@pytest.mark.parametrize("block", [1, 1000, 2**26])
+def test_neighbors_are_those_of_the_sorted_cosines(n, k, block):
+    g = torch.Generator().manual_seed(n)
+    bank, queries = torch.randn(n, 5, generator=g, dtype=torch.float64), torch.randn(9, 5, generator=g).double()
+    if k > n:
+        with pytest.raises(ValueError, match=f"k={k}"):
+            neighbors(queries, bank, k, block)
+        return
+    cosines, order = (F.normalize(queries, dim=-1) @ F.normalize(bank, dim=-1).T).sort(dim=1, descending=True)
+    similarity, places = neighbors(queries, bank, k, block)
+    assert torch.equal(places, order[:, :k])
+    assert torch.allclose(similarity, cosines[:, :k], rtol=0, atol=1e-14)
+
+
+def test_no_query_has_no_neighbor():
+    similarity, places = neighbors(torch.empty(0, 4), torch.randn(6, 4), 3)
+    assert similarity.shape == places.shape == (0, 3)
+
+
+def test_copies_in_the_bank_are_neighbors_each_once():
+    bank = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).repeat(40, 1)
+    similarity, places = neighbors(bank[:5], bank, 40)
+    assert torch.allclose(similarity, torch.ones(5, 40), atol=1e-6)
+    assert all(sorted(row.tolist()) == list(range(i, 200, 5)) for i, row in enumerate(places))

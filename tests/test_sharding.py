@@ -9,7 +9,6 @@ from prototypes_lib import checkpoints, distributed, ranks, sharding
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.heads import Projector, Prototypes
 from prototypes_lib.learner import Learner, Network
-from prototypes_lib.methods import METHODS
 from prototypes_lib.optimizers import clip_gradients, make_optimizer
 from prototypes_lib.settings import Run
 
@@ -17,10 +16,7 @@ N = 8
 
 
 def start(name: str, shard: bool, seed: int = 0):
-    method = small(name)
-    if METHODS[name].queue:
-        method = small(name, queue=None)
-    learner = make(method, seed).double()
+    learner = make(small(name), seed).double()
     model = distributed.wrap(learner, shard)
     return learner, model, make_optimizer(learner.student, Run.small(clip_grad=0.3, clip="module"))
 
@@ -107,7 +103,7 @@ def test_a_resnet_with_batch_norm_over_ranks_is_spread_too():
 
 
 def accumulated(rank, shard):
-    """Two parts with different masks, each rank-dependent, then the gradients whole."""
+    """Gradients of two parts."""
     learner, model, _ = start("dino", shard)
     for part in range(2):
         views, _ = batch(learner.method, 4, seed=10 * part + rank)

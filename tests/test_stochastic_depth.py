@@ -33,10 +33,10 @@ def dense(network, x, masks):
     vit, masks = network.vit, iter(masks)
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
     for block in vit.blocks:
-        rate = getattr(block.drop_path1, "drop_prob", 0.0)
-        for branch in (lambda x: block.ls1(block.attn(block.norm1(x))), lambda x: block.ls2(block.mlp(block.norm2(x)))):
-            weight = next(masks).double()[:, None, None] / (1 - rate) if rate else 1.0
-            x = x + weight * branch(x)
+        rate = block.drop_path1.drop_prob
+        weight = lambda rate=rate: next(masks).double()[:, None, None] / (1 - rate) if rate else 1.0
+        x = x + weight() * block.ls1(block.attn(block.norm1(x)))
+        x = x + weight() * block.ls2(block.mlp(block.norm2(x)))
     x = vit.norm(x)
     return x[:, 0], x[:, vit.num_prefix_tokens :]
 
@@ -221,9 +221,18 @@ def test_a_resnet_weights_the_rows_and_its_batch_norm_sees_all():
             block.drop_path.forward = lambda x, mask=mask: x * mask[:, None, None, None]
     theirs_x = theirs.cnn.forward_features(x.contiguous(memory_format=torch.channels_last))
     with stochastic_depth.at(2, 6):
-        features, patches = network(x)
+        _, patches = network(x)
     torch.testing.assert_close(patches, theirs_x.flatten(2).mT, rtol=1e-11, atol=1e-11)
     assert seen == [6] * 4
+
+
+def test_a_resnets_masks_are_gone_after_their_call():
+    network, x = Backbone("resnet_pico", 32, drop_path_rate=0.5).train(), images(6).float()
+    network(x)
+    network.eval()
+    expected = network.cnn.forward_features(x.contiguous(memory_format=torch.channels_last))
+    assert all(path.kept is None for path in network.modules() if isinstance(path, stochastic_depth._Masked))
+    assert torch.equal(network(x)[1], expected.flatten(2).mT)
 
 
 def test_other_blocks_of_timm_weight_their_rows_too():

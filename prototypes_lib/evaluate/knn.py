@@ -1,8 +1,12 @@
 """Weighted nearest-neighbor classification, the family's first question to a feature: who are your neighbors?"""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from prototypes_lib.evaluate.features import Features
 from prototypes_lib.precision import directions
@@ -55,17 +59,13 @@ def knn(
     bank = directions(train.x.to(device))
     labels = train.labels.to(device)
     n_classes = int(max(labels.max(), test.labels.max())) + 1
-    rows = max(1, block // len(bank))
     right = dict.fromkeys(k, 0)
-    for start in range(0, len(test.x), rows):
-        queries = directions(test.x[start : start + rows].to(device))
-        truth = test.labels[start : start + rows].to(device)
-        with torch.autocast(bank.device.type, enabled=False):
-            similarity, neighbors = (queries.to(bank.dtype) @ bank.T).topk(max(k), dim=-1)
+    for rows, similarity, places in _blocks(test.x, bank, max(k), block):
+        truth = test.labels[rows].to(device)
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)  # against the nearest: no underflow
-        voted = labels[neighbors]
+        voted = labels[places]
         for count in k:
-            votes = weight.new_zeros(len(queries), n_classes)
+            votes = weight.new_zeros(len(truth), n_classes)
             votes.scatter_add_(1, voted[:, :count], weight[:, :count])
             right[count] += int((votes.argmax(-1) == truth).sum())
     n = len(test.x)
@@ -75,6 +75,49 @@ def knn(
         n,
         temperature,
     )
+
+
+@torch.no_grad()
+def neighbors(
+    queries: Float[Tensor, "n dim"], bank: Float[Tensor, "m dim"], k: int, block: int = 2**26
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """Cosines and places in the bank of each query's k nearest vectors, the nearest first; vectors of any length.
+
+    Raises ValueError where k lies outside 1 .. size of the bank.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k={k} must lie between 1 and the {len(bank)} vectors of the bank")
+    found = [(similarity, places) for _, similarity, places in _blocks(queries, directions(bank), k, block)]
+    if not found:
+        return bank.new_empty(0, k), torch.empty(0, k, dtype=torch.long, device=bank.device)
+    return torch.cat([x for x, _ in found]), torch.cat([x for _, x in found])
+
+
+def _blocks(queries: Tensor, bank: Tensor, k: int, block: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Queries, `block` similarities at a time in one piece of memory: their rows, largest cosines, places."""
+    n = len(bank)
+    size = 2 ** max(0, round(math.log2(n / k) / 2))  # of a group: as many in k groups as there are groups
+    width = -(-n // size) * size
+    step = max(1, min(block // n, len(queries)))
+    made = bank.new_full((step, width), -torch.inf)  # the last group may have fewer
+    for start in range(0, len(queries), step):
+        rows = slice(start, min(start + step, len(queries)))
+        here = directions(queries[rows].to(bank.device)).to(bank.dtype)
+        products = made[: len(here)]
+        with torch.autocast(bank.device.type, enabled=False):
+            torch.mm(here, bank.T, out=products[:, :n])
+        yield rows, *_largest(products.unflatten(1, (-1, size)), k)
+
+
+def _largest(groups: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, cut into groups: they lie in the k groups of the largest maxima, and few are those."""
+    size = groups.shape[2]
+    if size == 1:
+        return groups.flatten(1).topk(k, dim=1)
+    chosen = groups.amax(2).topk(min(k, groups.shape[1]), dim=1, sorted=False).indices
+    candidates = groups.gather(1, chosen[:, :, None].expand(-1, -1, size)).flatten(1)
+    values, places = candidates.topk(k, dim=1)
+    return values, chosen.gather(1, places // size) * size + places % size
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
