@@ -149,9 +149,8 @@ def training_step(size: str, device: str) -> Row:
 
 def around_the_step(size: str, device: str) -> Row:
     """Clipping, AdamW and the teacher's average on gradients that are there ("everything else" of a step)."""
-    name, k = {
-        "small": ("vit_pico_patch8", 64), "cpu": ("vit_small_patch16_224", 8192), "gpu": ("vit_small_patch16_224", 65536)
-    }[size]  # fmt: skip
+    name = "vit_pico_patch8" if size == "small" else "vit_small_patch16_224"
+    k = {"small": 64, "cpu": 8192, "gpu": 65536}[size]
     run = Run(backbone=name, image_size=32 if size == "small" else 224, clip_grad=CLIP)
     learner = _learner(name, run, k, "dino", device)
     twin = copy.deepcopy(learner)

@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ours / peer over the turns: median, quartiles. memory: of the peaks. first: of the first calls, warm-up and all."""
+    """Ours / peer over the turns: median, quartiles. memory: of the peaks. first: of the first calls, with warm-up."""
 
     median: float
     low: float

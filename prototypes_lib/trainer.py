@@ -146,15 +146,17 @@ class Trainer:
             return self.model(views, masks, float(self.temperature[step]), progress=step / self.steps, **options)
 
     def _set_rates(self, step: int) -> None:
-        frozen = self.run.freeze_by if step < self.freeze_steps else "not"
         for group in self.optimizer.param_groups:
-            still = frozen == "lr" and group["prototypes"]
+            still = self._frozen_by(step) == "lr" and group["prototypes"]
             group["lr"] = 0.0 if still else self.lr[step] * group["lr_factor"]
             group["weight_decay"] = self.weight_decay[step] * group["decays"]
 
+    def _frozen_by(self, step: int) -> str:
+        return self.run.freeze_by if step < self.freeze_steps else "nothing"
+
     def _move(self, step: int) -> None:
         clip_gradients(self.learner.student, self.run)
-        if step < self.freeze_steps and self.run.freeze_by == "gradient":
+        if self._frozen_by(step) == "gradient":
             for group in self.optimizer.param_groups:
                 for parameter in group["params"] if group["prototypes"] else ():
                     parameter.grad = None  # after clipping, as the official code; the optimizer leaves it alone

@@ -387,10 +387,11 @@ def test_fresh_processes_end_when_their_parent_is_interrupted_or_killed(end, tmp
 def test_torchrun_starts_the_group(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch\n"
+        "import os, torch\n"
         "from prototypes_lib import distributed, ranks\n"
         "with distributed.group(torch.device('cpu')) as (device, watch):\n"
-        "    print(ranks.rank(), int(ranks.total(torch.tensor(1 + ranks.rank()))), device, flush=True)\n"
+        "    total = int(ranks.total(torch.tensor(1 + ranks.rank())))\n"
+        "    os.write(1, f'{ranks.rank()} {total} {device}\\n'.encode())\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     said = subprocess.run(

@@ -1,5 +1,6 @@
 """The timing of benchmarks/speed.py is right, and its rows without peers answer alike; nothing here is timed."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -21,12 +22,12 @@ def test_sides_take_turns_forwards_and_backwards():
     measured = measure(
         row(lambda: calls.append("o"), lambda: calls.append("p"), memory=None, once=True), repeats=4, least=0.0
     )
-    assert "".join(calls) == "op" + "op" + "op" + "po" + "op" + "po"  # answers, lengths, four turns
+    assert "".join(calls) == "op" + "op" + "po" + "op" + "po"  # answers, four turns
     assert set(measured.ratios) == {"peer"}
 
 
 def test_the_ratio_is_the_median_of_the_turns_with_its_quartiles(monkeypatch):
-    seconds = iter([9.0, 9.0, 1.0, 1.0, 1.0, 2.0, 8.0, 3.0, 3.0, 4.0])  # of ours and the peer, in the order of calls
+    seconds = iter([9.0, 9.0, 1.0, 2.0, 8.0, 3.0, 3.0, 4.0])  # of ours and the peer, in the order of calls
     monkeypatch.setattr(timing, "timed", lambda function, device="cpu", times=1: (next(seconds), function()))
     ratio = measure(row(memory=None, once=True), repeats=3).ratios["peer"]
     # turns: ours 1, peer 2; peer 8, ours 3; ours 3, peer 4
@@ -49,8 +50,8 @@ def test_a_wrong_answer_makes_a_row_void_before_anything_is_timed():
         assert answers[OURS] == answers["peer"], "other answers"
 
     void = measure(row(lambda: calls.append(0) or 1, lambda: 2, check), repeats=50)
-    assert void.void == "other answers" and not void.ratios and len(calls) == 1
-    assert speed.described("key", void, "small")["outcome"] == "void: other answers"
+    assert void.void.startswith("other answers") and not void.ratios and len(calls) == 1
+    assert speed.described("key", void, "small")["outcome"].startswith("void: other answers")
 
 
 def test_an_answer_that_differs_from_ours_is_named():
@@ -92,11 +93,10 @@ def test_all_sides_of_a_small_row_answer_alike(key):
 
 def test_rows_of_an_earlier_record_stay(tmp_path, monkeypatch):
     keys = list(speed.ROWS)[:2]
+    monkeypatch.setattr(timing, "product_speed", lambda device: 1e9)
     for key in reversed(keys):
         monkeypatch.setitem(speed.ROWS, key, lambda size, device: row(memory=None))
         speed.main(["--small", "--only", key, "--repeats", "2", "--threads", "1", "--out", str(tmp_path)])
-    import json
-
     run = json.loads((tmp_path / "speed_small.json").read_text())["runs"][0]
     assert [entry["row"] for entry in run["table"]] == keys
     assert {"seed", "hash", "seconds", "environment"} <= set(run)
@@ -106,6 +106,7 @@ def test_a_void_row_fails_the_command(tmp_path, monkeypatch):
     def check(answers):
         raise AssertionError("never alike")
 
+    monkeypatch.setattr(timing, "product_speed", lambda device: 1e9)
     monkeypatch.setitem(speed.ROWS, "sinkhorn", lambda size, device: row(check=check))
     with pytest.raises(SystemExit, match="sinkhorn"):
         speed.main(["--small", "--only", "sinkhorn", "--threads", "1", "--out", str(tmp_path)])

@@ -1,0 +1,145 @@
+"""Runs that are stopped and go on, in one process: bit for bit what they would have been without the stop.
+
+Also what the other files of this folder train: a tiny network on pictures made on the spot.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from prototypes_lib import checkpoints, records
+from prototypes_lib import train as training
+from prototypes_lib.data import Images
+from prototypes_lib.interrupts import Interrupted
+from prototypes_lib.methods import METHODS, Method, Queue, Views, Warmup
+from prototypes_lib.settings import Run
+from prototypes_lib.trainer import Trainer
+
+N, BATCH, STEPS = 48, 16, 5  # three steps an epoch
+STOPS = ("epoch edge", "mid-epoch", "mid-accumulation")
+TIMES = ("seconds", "data_wait")  # columns of metrics that no two runs share
+
+
+def method(name: str) -> Method:
+    """A recipe with 16 prototypes and one local crop; a queue is full after two steps, and in use from then on."""
+    base = METHODS[name]
+    changes = {"n_prototypes": 16 * bool(base.n_prototypes), "views": Views(2, 1, n_targets=base.views.n_targets)}
+    changes |= {"teacher_temp": Warmup(base.teacher_temp.start, base.teacher_temp.end, 1)}
+    return base.but(**changes, **({"queue": Queue(24, epoch=0.3)} if base.queue else {}))
+
+
+def tiny(out: Path, **changes: Any) -> Run:
+    """Five steps of 16 images; every second one is saved, every one is monitored."""
+    small = {
+        "batch_size": BATCH, "epochs": STEPS * BATCH / N, "warmup_epochs": 0.4, "hidden": 16, "bottleneck": 8,
+        "head_batch_norm": True, "drop_path": 0.2, "freeze_last_layer": 0.3, "monitor_steps": 1,
+        "checkpoint_epochs": 0.7, "backbone_options": {"depth": 2}, "out": out, "progress": False,
+    }  # fmt: skip
+    return Run.small(**(small | changes))
+
+
+def pictures(n: int = N, mapped: Path | None = None) -> Images:
+    """Colors at random, in memory or as a memory map of this file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    if mapped is not None:
+        with contextlib.suppress(FileExistsError):
+            with mapped.open("xb") as file:
+                file.write(pixels.tobytes())
+        pixels = np.memmap(mapped, np.uint8, "r", shape=pixels.shape)
+    return Images(pixels, np.arange(n) % 2, ("a", "b"), "pictures")
+
+
+@contextlib.contextmanager
+def given(images: Images) -> Iterator[None]:
+    """`train` finds these images, whatever its run names; who asks for the environment is told what it was before."""
+    once = functools.cache(records.environment)
+    with mock.patch.object(training, "load", lambda *_, **__: images), mock.patch.object(training, "environment", once):
+        yield
+
+
+def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, float]]]:
+    """All that a finished run leaves, but for its times: the bytes of its last checkpoint's tensors, and its metrics."""
+    place = folder / "checkpoints" / f"step-{checkpoints.steps(folder)[-1]:08d}"
+    tensors = {path.name: path.read_bytes() for path in place.glob("*.safetensors")}
+    rows = training.read(folder).metrics
+    return tensors, [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def differ(folder: Path, other: Path) -> str | None:
+    """What two finished runs differ in, None where they are the same to the last bit."""
+    (tensors, rows), (others, other_rows) = outcome(folder), outcome(other)
+    for name in tensors | others:
+        if tensors.get(name) != others.get(name):
+            return f"{name} differs"
+    if rows != other_rows:
+        return f"metrics differ: {next(p for p in itertools.zip_longest(rows, other_rows) if p[0] != p[1])}"
+    left = [str(path.relative_to(folder)) for path in folder.rglob(".*")]
+    return f"{left} was left behind" if left else None
+
+
+@contextlib.contextmanager
+def at_forward(step: int, part: int, happens: Callable[[], None]) -> Iterator[None]:
+    """Something happens, once, before the forward pass of this part of this step."""
+    right, left = Trainer.forward, [1]
+
+    def forward(self, views, masks, now, place=0, **options):
+        if (now, place) == (step, part) and "precision" not in options and left:  # precision: the rehearsal
+            left.pop()
+            happens()
+        return right(self, views, masks, now, place, **options)
+
+    with mock.patch.object(Trainer, "forward", forward):
+        yield
+
+
+def interrupt() -> None:
+    raise Interrupted("a test")
+
+
+def cells(names: list[str] | None = None) -> list[tuple[str, str, str, int]]:
+    """(method, precision, stop, workers) of the whole matrix."""
+    return list(itertools.product(names or METHODS, ("fp32", "bf16"), STOPS, (0, 2)))
+
+
+def matrix(chosen: list[tuple[str, str, str, int]], folder: Path | None = None) -> Iterator[tuple[str, str | None]]:
+    """Each cell's name, and what differs between its stopped run and an uninterrupted one, or None.
+
+    Two workers read a memory map, which the other run has in memory.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(mock.patch.object(os, "fsync", lambda _: None))  # of the disk's faults others take care
+        for name, precision, stop, workers in chosen:
+            yield f"{name}, {precision}, {stop}, {workers} workers", _resumed(folder, name, precision, stop, workers)
+
+
+def _resumed(folder: Path, name: str, precision: str, stop: str, workers: int) -> str | None:
+    parts = 2 if stop == STOPS[2] else 1
+    run = tiny(folder / f"whole {name} {precision} {parts}", precision=precision, accumulate=parts)
+    composed = method(name)
+    with given(pictures()):
+        whole = training.train(composed, run, name)  # the second time it is only read
+    run = run.but(out=str(folder / f"{name} {precision} {stop} {workers}"), workers=workers)
+    with given(pictures(mapped=folder / "pixels" if workers else None)):
+        if parts == 2:
+            try:
+                with at_forward(3, 1, interrupt):
+                    training.train(composed, run, name)
+                return "it was not interrupted"
+            except Interrupted as stopped:
+                at = stopped.step
+        else:
+            at = 3 if stop == STOPS[0] else 4
+            training.train(composed, run, name, stop_after=at)
+        (place,) = Path(run.out).iterdir()
+        if (saved := checkpoints.newest(place)) != at or at not in (3, 4):
+            return f"stopped after step {at}, but step {saved} was saved"
+        return differ(training.train(composed, run, name).folder, whole.folder)
