@@ -42,6 +42,7 @@ limit: int = 0  # images used of each split; 0 takes all
 simdino: bool = True  # train SimDINO beside them
 device: str = "auto"  # auto, cpu, cuda
 workers: int = 0  # runs side by side, each on one thread; 0 takes 2 on a CPU and 1 on a GPU
+ranks: int = 1  # processes that share one run, one a GPU: what torchrun would start
 out: str = "../runs"  # run folders; finished runs with the same settings are reused
 results: str = "results"  # folder of the JSON record
 check: bool = True  # assert the claim (it is one about the time-lapse)
@@ -101,8 +102,8 @@ for seed in seeds if simdino else []:
     method = METHODS["simdino"].but(**{key: v for key, v in changes.items() if key != "teacher_temp"})
     jobs.append(("simdino", method, run.but(seed=seed)))
     labels.append((0, "simdino", seed))
-side_by_side = workers or (1 if pick_device(device).type == "cuda" else 2)
-trained = dict(zip(labels, train_all(jobs, workers=side_by_side), strict=True))
+side_by_side = workers or (1 if ranks > 1 or pick_device(device).type == "cuda" else 2)
+trained = dict(zip(labels, train_all(jobs, workers=side_by_side, ranks=ranks), strict=True))
 TITLE = {"base": recipe, "kd": "+ KoLeo on data (kd)", "kp": "+ KoLeo on prototypes (kp)"}
 
 # %% [markdown]

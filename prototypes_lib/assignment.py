@@ -3,9 +3,9 @@
 A link corrects the scores of the prototypes so that none of them takes all the data; the softmax of the last link is
 the target. Every link adds a number to each prototype's column and each sample's row, no more, so it maps `LogScores`,
 whose matrix is never whole in memory, to `LogScores`; a matrix goes in and comes out as one. Means and sums over
-samples are over the whole batch, wherever its ranks hold it. Everything is in the log domain and in float32 at least: the
-exponential of a score at temperature 0.04 overflows float32 from a prototype norm of 3.55 on. Links that remember (the
-moving averages) keep their memory in a buffer, so that a checkpoint holds it.
+samples are over the whole batch, wherever its ranks hold it. Everything is in the log domain and in float32 at least:
+the exponential of a score at temperature 0.04 overflows float32 from a prototype norm of 3.55 on. Links that remember
+(the moving averages) keep their memory in a buffer, so that a checkpoint holds it.
 """
 
 import copy

@@ -68,6 +68,7 @@ def group(device: torch.device, *, patience: float = 20.0, beat: float = 1.0) ->
     within = datetime.timedelta(seconds=COLLECTIVE_S)
     try:
         dist.init_process_group(**nccl, store=store, rank=rank, world_size=world, timeout=within)
+        barrier()  # who is done at once must not leave while others connect
         yield device, watch
     except BaseException as error:
         if _of_collective(error):

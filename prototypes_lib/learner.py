@@ -152,7 +152,9 @@ class Learner(nn.Module):
         for weight, function, place in method.regularizers:
             # prototypes are the same on all ranks, rows are each rank's own
             with ranks.alone() if place == "prototypes" else contextlib.nullcontext():
-                values = [at(function, progress)(x) for x in places[place]() if ranks.count(len(x))]
+                term, found = at(function, progress), places[place]()
+                empty = place == "patch probabilities" and not ranks.count(len(patch_codes))  # no patch is masked
+                values = [] if empty else [term(x) for x in found]
             value = sum(values, start=loss.new_zeros(())) / (1 if place == "features" else max(len(values), 1))
             name = f"{getattr(function, 'func', function).__name__} on {place}"
             parts[name] = parts[name] + value if name in parts else value

@@ -88,13 +88,14 @@ def apply_looks(x: Float[Tensor, "n 3 height width"], looks: Looks) -> Float[Ten
     box filters: here pixels stay float32 and the blur is a Gaussian.
     """
     where = torch.arange(len(x))  # the image at each place of x
+    spare = torch.empty_like(x)  # where the sorted images go; the two take turns
 
     def sorted_by(kind, n_kinds=1):
         """Sort the images by what comes next; the images of kinds 0, 1, ... and their numbers, runs of memory."""
-        nonlocal x, where
+        nonlocal x, spare, where
         order = kind.flatten()[where].argsort(stable=True)
         if (order.diff() < 0).any():
-            x, where = x.index_select(0, order.to(x.device)), where[order]
+            x, spare, where = torch.index_select(x, 0, order.to(x.device), out=spare), x, where[order]
         counts = kind.flatten().bincount(minlength=n_kinds).tolist()[:n_kinds]
         ends = [sum(counts[: i + 1]) for i in range(n_kinds)]
         return [(x[end - n : end], where[end - n : end]) for n, end in zip(counts, ends, strict=True)]
@@ -114,7 +115,7 @@ def apply_looks(x: Float[Tensor, "n 3 height width"], looks: Looks) -> Float[Ten
         ((images, which),) = sorted_by((~chosen).long())
         if len(which):
             change(images, which)
-    return x.index_select(0, where.argsort().to(x.device))
+    return torch.index_select(x, 0, where.argsort().to(x.device), out=spare)
 
 
 def grayscale(x: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 1 height width"]:
@@ -152,18 +153,20 @@ def adjust_hue(x: Float[Tensor, "n 3 height width"], shift: Float[Tensor, "n"]) 
     channel's opposite (cyan 3, magenta 5, yellow 1) on a circle of 6. Masks are numbers: branches would be slow.
     """
     r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    value = torch.maximum(r, g)
+    chroma = torch.minimum(r, g)
+    torch.maximum(value, b, out=value)
+    torch.sub(value, torch.minimum(chroma, b, out=chroma), out=chroma)
     # The difference and the offset of the channel that is largest; a tie gives the same hue either way.
-    red = value.clone().eq_(r)
-    green = value.clone().eq_(g).mul_(1 - red)
+    red, green = value.clone().eq_(r), value.clone().eq_(g)
+    green -= red * green
     blue = 1 - red - green
-    hue = (red * (g - b)).add_(green * (b - r)).add_(blue * (r - g))
+    hue = (g - b).mul_(red).add_((b - r).mul_(green)).add_((r - g).mul_(blue))
     hue.div_(chroma.clamp_min(1e-12))  # a gray pixel has 0 / 1e-12: any hue will do
     hue.add_(green.mul_(2)).add_(blue.mul_(4)).add_(6 * shift.to(x.device)[:, None, None])
-    turns = (hue[:, None] - torch.tensor([3.0, 5.0, 1.0], device=x.device)[:, None, None]).div_(6)
-    share = turns.sub_(turns.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
-    return torch.sub(value[:, None], share.mul_(chroma[:, None]), out=x)
+    share = (hue[:, None] - torch.tensor([3.0, 5.0, 1.0], device=x.device)[:, None, None]).div_(6)
+    share.sub_(share.round()).abs_().mul_(-6).add_(2).clamp_(0, 1).mul_(chroma[:, None])
+    return torch.sub(value[:, None], share, out=x)
 
 
 def gaussian_blur(x: Float[Tensor, "n 3 height width"], sigma: Float[Tensor, "n"]) -> Tensor:

@@ -63,10 +63,9 @@ def koleo(
 
 
 def _log_gaps(x: Tensor, eps: float) -> Tensor:
-    squared = (x - x[nearest(x)]).square().sum(-1)
-    tiny = torch.finfo(x.dtype).tiny
-    # clamp cuts the gradient at d = 0, where the norm has none
-    return torch.log(squared.clamp_min(tiny).sqrt() + eps)
+    gaps = torch.linalg.vector_norm(x - x.index_select(0, nearest(x)), dim=-1)
+    # clamp cuts the gradient at d = 0, where the norm has none, and keeps the value finite without an eps
+    return torch.log(gaps.clamp_min(math.sqrt(torch.finfo(x.dtype).tiny)) + eps)
 
 
 @torch.no_grad()
@@ -88,7 +87,8 @@ def nearest(x: Float[Tensor, "n dim"], block: int | None = None) -> Int[Tensor, 
                 tile = padded[i : i + side] @ padded[j : j + side].T
                 if i == j:
                     tile.fill_diagonal_(-torch.inf)
-                tile[:, max(0, n - j) :] = -torch.inf
+                if n - j < tile.shape[1]:
+                    tile[:, n - j :] = -torch.inf
                 _keep_best(best[i : i + side], index[i : i + side], j, *_row_maxima(tile))
                 if i != j:
                     _keep_best(best[j : j + side], index[j : j + side], i, *_column_maxima(tile))

@@ -95,6 +95,8 @@ class Run:
         for name in (*not_negative, "workers", "warmup_lr", "freeze_last_layer", *factors):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError(f"shard=True spreads adamw's state only, not that of optimizer={self.optimizer!r}")
         if self.drop_path >= 1:
             raise ValueError(f"drop_path={self.drop_path} must be below 1")
         if not self.schedule_stretch >= 1:

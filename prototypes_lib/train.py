@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from prototypes_lib import __version__, checkpoints, distributed
+from prototypes_lib import __version__, checkpoints, distributed, sharding
 from prototypes_lib import ranks as among
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.data import Images, check_batch, load
@@ -123,15 +123,20 @@ def train(
         name, method = name or method, METHODS[method]
     if ranks > 1:
         return distributed.spawn(_train_rank, (method, run, name, stop_after), ranks)
-    with distributed.group(pick_device(run.device)) as (device, watch):
-        return _train(method, run, name or "method", stop_after, device, watch)
+    with (
+        distributed.group(pick_device(run.device)) as (device, watch),
+        Signals(raise_now=among.world() == 1) as signals,
+    ):
+        return _train(method, run, name or "method", stop_after, device, watch, signals)
 
 
 def _train_rank(method: Method, run: Run, name: str | None, stop_after: int | None) -> Result:
     return train(method, run, name, stop_after=stop_after)
 
 
-def _train(method: Method, run: Run, name: str, stop_after: int | None, device: torch.device, watch: Watch) -> Result:
+def _train(
+    method: Method, run: Run, name: str, stop_after: int | None, device: torch.device, watch: Watch, signals: Signals
+) -> Result:
     first = among.rank() == 0
     images = _images(run, first)
     check_batch(images, run.batch_size)
@@ -149,25 +154,28 @@ def _train(method: Method, run: Run, name: str, stop_after: int | None, device: 
         done = distributed.from_first(checkpoints.newest(folder, what["hash"]) if first else None)
         model = distributed.wrap(learner, run.shard)
         optimizer = make_optimizer(learner.student, run)
-        load_state = checkpoints.load(folder, done, learner, optimizer, what["hash"]) if done is not None else {}
-        trainer = Trainer(learner, model, optimizer, run, images, folder, device, {"step": 0} | load_state)
+        state = {"step": 0, "seconds": 0.0}
+        if done is not None:
+            state = checkpoints.load(folder, done, *sharding.to_load(learner, optimizer), what["hash"])
+        trainer = Trainer(learner, model, optimizer, run, images, folder, device, state)
         log = Log(folder, name, trainer.steps, run.batch_size, method.n_prototypes, run.progress and first, first)
         if first:
             write_text(folder / "config.json", json.dumps(what | {"environment": environment(device)}, indent=2))
         log.rewind(trainer.done)
-        clock = _Clock(load_state.get("seconds", 0.0))
+        clock = _Clock(state["seconds"])
         last = trainer.steps if stop_after is None else min(trainer.steps, stop_after)
 
         def save() -> None:
             trainer.check_weights()
             state = {"step": trainer.done, "hash": what["hash"], "precision": trainer.precision, "bad": trainer.bad}
             state |= {"skipped": trainer.skipped, "seconds": clock.seconds()}
+            whole = sharding.to_save(learner, optimizer)
             with watch.busy():
                 if first:
-                    checkpoints.save(folder, learner, optimizer, state, config=what)
+                    checkpoints.save(folder, *whole, state, config=what)
 
         try:
-            _loop(trainer, log, clock, last, save, watch)
+            _loop(trainer, log, clock, last, save, watch, signals)
         finally:
             trainer.batches.close()
         if last < trainer.steps:
@@ -186,37 +194,38 @@ def _train(method: Method, run: Run, name: str, stop_after: int | None, device: 
         return read(folder)
 
 
-def _loop(trainer: Trainer, log: Log, clock: "_Clock", last: int, save: Callable[[], None], watch: Watch) -> None:
+def _loop(
+    trainer: Trainer, log: Log, clock: "_Clock", last: int, save: Callable[[], None], watch: Watch, signals: Signals
+) -> None:
     """Steps until `last`, with checkpoints; a signal ends them with the last finished step saved."""
     every = max(1, round(trainer.run.checkpoint_epochs * trainer.steps_per_epoch))
     saved = trainer.done
-    with Signals(raise_now=among.world() == 1) as signals:
 
-        def keep() -> None:
-            nonlocal saved
-            save()
-            saved = trainer.done
+    def keep() -> None:
+        nonlocal saved
+        save()
+        saved = trainer.done
 
-        def write(metrics: dict[str, float] | None) -> None:
-            if metrics is not None:
-                log.write(metrics | {"data_wait": clock.share(trainer.batches.waited()), "seconds": clock.seconds()})
+    def write(metrics: dict[str, float] | None) -> None:
+        if metrics is not None:
+            log.write(metrics | {"data_wait": clock.share(trainer.batches.waited()), "seconds": clock.seconds()})
 
-        try:
-            for step in range(trainer.done, last):
-                stop = trainer.step(step, write, signals)
-                watch.alive(trainer.done)
-                if trainer.done % every == 0 or trainer.done == last:
-                    with signals.whole():
-                        keep()
-                if stop:
-                    raise Interrupted(signals.asked or "a signal to another rank")
-        except Interrupted as stopped:
-            with signals.whole(last=True):
-                trainer.undo()
-                if trainer.done > saved:
+    try:
+        for step in range(trainer.done, last):
+            stop = trainer.step(step, write, signals)
+            watch.alive(trainer.done)
+            if trainer.done % every == 0 or trainer.done == last:
+                with signals.whole():
                     keep()
-            stopped.step, stopped.folder = trainer.done, trainer.folder
-            raise
+            if stop:
+                raise Interrupted(signals.asked or "a signal to another rank")
+    except Interrupted as stopped:
+        with signals.whole(last=True):
+            trainer.undo()
+            if trainer.done > saved:
+                keep()
+        stopped.step, stopped.folder = trainer.done, trainer.folder
+        raise
 
 
 def _images(run: Run, first: bool) -> Images:
@@ -261,13 +270,16 @@ def read(folder: str | Path) -> Result:
     return Result(folder, summary["name"], tuple(rows), summary)
 
 
-def train_all(jobs: Sequence[tuple[str, Method, Run]], workers: int = 1) -> list[Result]:
-    """Train (name, method, run) jobs, `workers` at a time in processes of one thread each.
+def train_all(jobs: Sequence[tuple[str, Method, Run]], workers: int = 1, ranks: int = 1) -> list[Result]:
+    """Train (name, method, run) jobs, `workers` at a time in processes of one thread each, or each job on many `ranks`.
 
-    Small networks use two cores better as two processes than as two threads; on a GPU leave workers=1.
+    Small networks use two cores better as two processes than as two threads; on GPUs leave workers=1, and ranks is how
+    many of them one job uses. Raises ValueError for both at once.
     """
+    if workers > 1 and ranks > 1:
+        raise ValueError(f"workers={workers} jobs side by side and ranks={ranks} processes a job: choose one of them")
     if workers == 1:
-        return [train(method, run, name) for name, method, run in jobs]
+        return [train(method, run, name, ranks=ranks) for name, method, run in jobs]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         return list(pool.map(_train_job, jobs))
 

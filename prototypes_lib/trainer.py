@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototypes_lib import distributed, ranks, schedules, stochastic_depth
+from prototypes_lib import distributed, ranks, schedules, sharding, stochastic_depth
 from prototypes_lib.batches import Batches, number
 from prototypes_lib.collapse import unique_prototypes
 from prototypes_lib.data import Images
@@ -175,7 +175,7 @@ class Trainer:
         """Whether a loss or gradient is not finite, and whether to stop, on any rank: the one wait of a step."""
         finite = torch.stack([out.loss for out in outs]).isfinite().all()
         gradients = [p.grad for p in self.learner.student.parameters() if p.grad is not None]
-        norms = torch.stack([_local(norm) for norm in torch._foreach_norm(gradients)])
+        norms = torch.stack([sharding.whole(norm) for norm in torch._foreach_norm(gradients)])
         bad = ~(finite & norms.isfinite().all())
         flags = ranks.largest(torch.stack([bad.float(), torch.full_like(bad, asked, dtype=torch.float32)]))
         bad, stop = (bool(flag) for flag in flags.tolist())
@@ -201,7 +201,7 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Raise Diverged where a weight is not finite; asked before anything is saved."""
-        weights = [_local(norm) for norm in torch._foreach_norm(list(self.learner.student.parameters()))]
+        weights = [sharding.whole(norm) for norm in torch._foreach_norm(list(self.learner.student.parameters()))]
         if not bool(torch.stack(weights).isfinite().all()):
             raise Diverged(self.done, self.folder, ("weights",))
 
@@ -213,9 +213,9 @@ class Trainer:
         metrics = {"step": step + 1} | dict(zip(rows[0], means.tolist(), strict=True))
         teacher = self.learner.teacher
         if self.learner.method.n_prototypes:
-            metrics["M"] = unique_prototypes(_local(teacher.prototypes.w)).count
+            metrics["M"] = unique_prototypes(sharding.whole(teacher.prototypes.w)).count
         if teacher.patch_prototypes is not None:
-            metrics["M_patches"] = unique_prototypes(_local(teacher.patch_prototypes.w)).count
+            metrics["M_patches"] = unique_prototypes(sharding.whole(teacher.patch_prototypes.w)).count
         return metrics | {"lr": float(self.lr[step]), "teacher_temp": float(self.temperature[step])}
 
     def _rehearse(self) -> str:
@@ -239,11 +239,6 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """A sharded tensor as a whole one."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @contextlib.contextmanager

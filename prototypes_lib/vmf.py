@@ -72,14 +72,16 @@ class _LogNormalizer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kappa, dim):
-        ctx.save_for_backward(kappa)
+        f, q = _bessel(kappa, dim / 2 - 1)
+        ctx.save_for_backward(kappa, q)
         ctx.dim = dim
-        return -0.5 * dim * math.log(2 * math.pi) - _bessel(kappa, dim / 2 - 1)[0]
+        return -0.5 * dim * math.log(2 * math.pi) - f
 
     @staticmethod
     def backward(ctx, grad):
-        (kappa,) = ctx.saved_tensors
-        return -grad * kappa * _Slope.apply(kappa, ctx.dim), None
+        kappa, q = ctx.saved_tensors
+        slope = _Slope.apply(kappa, ctx.dim) if torch.is_grad_enabled() else 1 / q  # to be differentiated again or not
+        return -grad * kappa * slope, None
 
 
 class _Slope(torch.autograd.Function):

@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "pytest", "prototypes_lib.distributed", "prototypes_lib.train"])
-APART = "no group: "
 GRACE_S = 5.0  # for the others, once one has raised
 _pool: list[tuple[Any, Any]] = []
 _store: list[dist.TCPStore] = []
@@ -34,21 +33,6 @@ def together(n: int, function: Callable[..., Any], *args: Any, timeout: float = 
     The function is one of a test module, arguments and results can be pickled. Raises AssertionError with the
     traceback of a rank that raised, or with the ranks that were not done in time.
     """
-    job = pickle.dumps((n, function, args))
-    for _ in range(3):  # gloo sometimes fails to connect when a group has just been left; then nothing has run yet
-        results, errors, apart = _ask(n, job, timeout)
-        if not apart:
-            break
-    if errors:  # a peer that lost its connection only says so
-        first = min(errors, key=lambda rank: "gloo/transport" in errors[rank])
-        raise AssertionError(f"rank {first} of {n} raised\n{errors[first]}")
-    if late := sorted(set(range(n)) - results.keys()):
-        raise AssertionError(f"ranks {late} of {n} were not done within {timeout:.0f} s")
-    return [results[rank] for rank in range(n)]
-
-
-def _ask(n: int, job: bytes, timeout: float) -> tuple[dict[int, Any], dict[int, str], bool]:
-    """Results and errors by rank, and whether the processes did not even form a group."""
     if not _store:
         _store.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
         atexit.register(_clear)
@@ -58,13 +42,18 @@ def _ask(n: int, job: bytes, timeout: float) -> tuple[dict[int, Any], dict[int, 
         process.start()
         there.close()
         _pool.append((process, here))
-    call = str(next(_calls))
+    job = pickle.dumps((str(next(_calls)), n, function, args))
     for _, pipe in _pool[:n]:
-        pipe.send_bytes(pickle.dumps((call, job)))
+        pipe.send_bytes(job)
     results, errors = _gather(n, timeout)
     if errors or len(results) < n:
         _clear()
-    return results, errors, any(text.startswith(APART) for text in errors.values())
+    if errors:  # a peer that lost its connection only says so
+        first = min(errors, key=lambda rank: "gloo/transport" in errors[rank])
+        raise AssertionError(f"rank {first} of {n} raised\n{errors[first]}")
+    if late := sorted(set(range(n)) - results.keys()):
+        raise AssertionError(f"ranks {late} of {n} were not done within {timeout:.0f} s")
+    return [results[rank] for rank in range(n)]
 
 
 def _gather(n: int, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
@@ -95,21 +84,18 @@ def _serve(rank: int, pipe: Any, port: int) -> None:
             job = pipe.recv_bytes()
         except EOFError:
             os._exit(0)
-        said = APART
         try:
-            call, job = pickle.loads(job)
-            n, function, args = pickle.loads(job)
+            call, n, function, args = pickle.loads(job)
             torch.manual_seed(0)
-            apart = dist.PrefixStore(call, store)
-            within = datetime.timedelta(seconds=60)
+            apart, within = dist.PrefixStore(call, store), datetime.timedelta(seconds=60)
             dist.init_process_group("gloo", store=apart, rank=rank, world_size=n, timeout=within)
-            said = ""
+            dist.barrier()  # who is done at once must not leave while others connect
             try:
                 answer = pickle.dumps((True, function(rank, *args)))
             finally:
                 dist.destroy_process_group()
         except BaseException:
-            answer = pickle.dumps((False, said + traceback.format_exc()))
+            answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)
 
 

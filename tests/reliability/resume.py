@@ -50,9 +50,8 @@ def pictures(n: int = N, mapped: Path | None = None) -> Images:
     """Colors at random, in memory or as a memory map of this file."""
     pixels = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
     if mapped is not None:
-        with contextlib.suppress(FileExistsError):
-            with mapped.open("xb") as file:
-                file.write(pixels.tobytes())
+        with contextlib.suppress(FileExistsError), mapped.open("xb") as file:
+            file.write(pixels.tobytes())
         pixels = np.memmap(mapped, np.uint8, "r", shape=pixels.shape)
     return Images(pixels, np.arange(n) % 2, ("a", "b"), "pictures")
 
@@ -66,7 +65,7 @@ def given(images: Images) -> Iterator[None]:
 
 
 def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, float]]]:
-    """All that a finished run leaves, but for its times: the bytes of its last checkpoint's tensors, and its metrics."""
+    """All that a finished run leaves but its times: the bytes of its last checkpoint's tensors, and its metrics."""
     place = folder / "checkpoints" / f"step-{checkpoints.steps(folder)[-1]:08d}"
     tensors = {path.name: path.read_bytes() for path in place.glob("*.safetensors")}
     rows = training.read(folder).metrics
@@ -81,7 +80,7 @@ def differ(folder: Path, other: Path) -> str | None:
             return f"{name} differs"
     if rows != other_rows:
         return f"metrics differ: {next(p for p in itertools.zip_longest(rows, other_rows) if p[0] != p[1])}"
-    left = [str(path.relative_to(folder)) for path in folder.rglob(".*")]
+    left = [str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != ".lock"]  # an empty word
     return f"{left} was left behind" if left else None
 
 
