@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from prototypes_lib.files.storage import write_text
 from prototypes_lib.records import environment
-from prototypes_lib.storage import write_text
 
 
 def folder(out: str) -> Path:

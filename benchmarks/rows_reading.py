@@ -30,7 +30,7 @@ def _clusters(n: int, dim: int, seed: int) -> Features:
 
 
 def _knn(dim: int, k: int, size: str, device: str) -> Row:
-    n, m = {"small": (500, 100), "cpu": (50_000, 10_000), "gpu": (1_281_167, 50_000)}[size]
+    n, m = {"small": (500, 100), "cpu": (50_000, 10_000 if dim < 384 else 4_000), "gpu": (1_281_167, 50_000)}[size]
     train, test, k = _clusters(n, dim, 0), _clusters(m, dim, 1), min(k, n // 10)
     bank, labels = train.x.to(device), train.labels.to(device)
 

@@ -123,7 +123,10 @@ def measure(
         peaks = {name: peak_bytes(function, device) for name, function in row.all.items()}
     elif row.memory == "process" and rss is not None:
         peaks = {name: rss(name) for name in row.all}
-    turns = {name: 1 if row.once else max(1, round(least / timed(f, device)[0])) for name, f in row.all.items()}
+    turns = {
+        name: 1 if row.once or first[name] > 10 * least else max(1, round(least / timed(f, device)[0]))
+        for name, f in row.all.items()
+    }
     found: dict[str, list[float]] = {name: [] for name in row.all}
     for i in range(repeats):
         names = list(row.all)

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prototypes_lib import storage
 from prototypes_lib.backbones import Backbone
+from prototypes_lib.files import storage
 from prototypes_lib.heads import Prototypes
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from prototypes_lib import __version__
-from prototypes_lib.storage import write_text
+from prototypes_lib.files.storage import write_text
 
 
 class Log:

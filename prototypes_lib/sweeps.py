@@ -19,9 +19,9 @@ import torch
 from prototypes_lib import checkpoints, evaluate
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.data import load
+from prototypes_lib.files.storage import write_text
 from prototypes_lib.methods import Method
 from prototypes_lib.records import environment
-from prototypes_lib.storage import write_text
 from prototypes_lib.train import Diverged, Run, build, pick_device, train
 
 NEIGHBORS = (10, 20, 100, 200)

@@ -18,21 +18,22 @@ from typing import Any
 
 import torch
 
-from prototypes_lib import __version__, checkpoints, distributed, sharding
+from prototypes_lib import __version__, checkpoints, distributed
 from prototypes_lib import ranks as among
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.data import Images, check_batch, load
+from prototypes_lib.distributed import sharding
+from prototypes_lib.distributed.watch import Watch
+from prototypes_lib.files.locks import only_one
+from prototypes_lib.files.storage import write_text
 from prototypes_lib.heads import Projector, Prototypes
 from prototypes_lib.interrupts import Interrupted, Signals
 from prototypes_lib.learner import Learner, Network
-from prototypes_lib.locks import only_one
 from prototypes_lib.methods import METHODS, Method, describe
 from prototypes_lib.optimizers import make_optimizer
 from prototypes_lib.records import Log, environment
 from prototypes_lib.settings import MACHINE, Run
-from prototypes_lib.storage import write_text
 from prototypes_lib.trainer import Diverged, OutOfMemory, Trainer
-from prototypes_lib.watch import Watch
 
 __all__ = [
     "Diverged",

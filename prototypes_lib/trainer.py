@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototypes_lib import distributed, ranks, schedules, sharding, stochastic_depth
+from prototypes_lib import distributed, ranks, schedules, stochastic_depth
 from prototypes_lib.batches import Batches, number
 from prototypes_lib.collapse import unique_prototypes
 from prototypes_lib.data import Images
+from prototypes_lib.distributed import sharding
+from prototypes_lib.files.storage import write_text
 from prototypes_lib.interrupts import Signals
 from prototypes_lib.learner import Learner, Step
 from prototypes_lib.optimizers import clip_gradients
 from prototypes_lib.settings import Run
-from prototypes_lib.storage import write_text
 
 
 class Diverged(FloatingPointError):

@@ -15,7 +15,7 @@ from gloo import CONTEXT, together
 from test_learner import batch, make, small
 
 from prototypes_lib import distributed, ranks
-from prototypes_lib.watch import STATUS, Watch
+from prototypes_lib.distributed.watch import STATUS, Watch
 
 CPU = torch.device("cpu")
 HOST = socket.gethostname()

@@ -5,8 +5,8 @@ import subprocess
 import pytest
 
 from prototypes_lib import records
+from prototypes_lib.files.storage import write_text
 from prototypes_lib.records import Log, commit, environment
-from prototypes_lib.storage import write_text
 
 
 def row(step, loss=1.0):

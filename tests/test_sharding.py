@@ -5,8 +5,9 @@ import torch
 from gloo import together
 from test_learner import batch, make, small
 
-from prototypes_lib import checkpoints, distributed, ranks, sharding
+from prototypes_lib import checkpoints, distributed, ranks
 from prototypes_lib.backbones import Backbone
+from prototypes_lib.distributed import sharding
 from prototypes_lib.heads import Projector, Prototypes
 from prototypes_lib.learner import Learner, Network
 from prototypes_lib.optimizers import clip_gradients, make_optimizer

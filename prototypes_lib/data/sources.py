@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prototypes_lib.archives import guarded
+from prototypes_lib.files.archives import guarded
 
 EXTENSIONS = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp"),

@@ -24,9 +24,10 @@ import torch
 from gloo import CONTEXT
 from resume import differ, given, method, pictures, tiny
 
-from prototypes_lib import checkpoints, records, storage
+from prototypes_lib import checkpoints, records
 from prototypes_lib import train as training
 from prototypes_lib.cli import run_command
+from prototypes_lib.files import storage
 from prototypes_lib.trainer import Trainer
 
 METHOD = "dinov2"  # centers, two heads, masks

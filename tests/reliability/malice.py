@@ -34,8 +34,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prototypes_lib import archives as library_archives
-from prototypes_lib import foreign
+from prototypes_lib.files import archives as library_archives
+from prototypes_lib.files import foreign
 
 CANARY = "CANARY"  # the file that a hostile pickle would write, in the folder of the pickles
 

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from prototypes_lib import checkpoints, storage
+from prototypes_lib import checkpoints
+from prototypes_lib.files import storage
 
 try:
     import resource  # quotas by the kernel

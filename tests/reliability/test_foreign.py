@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prototypes_lib import archives
-from prototypes_lib.foreign import read_pickle
+from prototypes_lib.files import archives
+from prototypes_lib.files.foreign import read_pickle
 
 
 def test_hostile_pickles_are_refused_and_do_nothing(tmp_path):

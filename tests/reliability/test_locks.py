@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from prototypes_lib import locks
-from prototypes_lib.locks import only_one
+from prototypes_lib.files import locks
+from prototypes_lib.files.locks import only_one
 
 HOLD = """
 import sys, time
-from prototypes_lib.locks import only_one
+from prototypes_lib.files.locks import only_one
 with only_one(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

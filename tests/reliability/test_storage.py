@@ -10,7 +10,8 @@ import torch
 from mutants import FILES, HASH, NO_PROCESS, network, place, run_folder
 from safetensors.torch import load_file, save_file
 
-from prototypes_lib import checkpoints, storage
+from prototypes_lib import checkpoints
+from prototypes_lib.files import storage
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prototypes_lib import ranks
-from prototypes_lib.watch import STATUS, Watch
+from prototypes_lib.distributed.watch import STATUS, Watch
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JOIN_S, COLLECTIVE_S = 300.0, 3600.0  # the watch ends a group long before a collective gives up
@@ -135,7 +135,7 @@ def wrap(learner: nn.Module, shard: bool = False) -> nn.Module:
     if ranks.world() == 1:
         return learner
     if shard:
-        from prototypes_lib import sharding
+        from prototypes_lib.distributed import sharding
 
         return sharding.shard(learner)
     with warnings.catch_warnings():  # the argument's newer name is not in every torch

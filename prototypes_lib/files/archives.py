@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from prototypes_lib import storage
+from prototypes_lib.files import storage
 
 MOST = 2**40  # bytes an archive may unpack to
 RATIO = 200  # and how many times its own size, beyond a first MiB: images hardly shrink, deflate's worst is 1,032
