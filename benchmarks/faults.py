@@ -447,7 +447,7 @@ FAULTS: list[Fault] = [
         ("metrics after the checkpoint are kept", "log.rewind(trainer.done)", "log.rewind(trainer.steps)"),
         ("a diverged network is saved", "            trainer.check_weights()\n", ""),
         ("an interrupted run saves nothing", "if trainer.done > saved:", "if False:"),
-        ("an unfinished step is saved", "                trainer.undo()\n", ""),
+        ("an unfinished step is saved", "            trainer.undo()\n", ""),
         tests=("train", "trainer"),
     ),
     *_in(
@@ -534,8 +534,6 @@ FAULTS: list[Fault] = [
     ),
     *_in(
         "batches.py",
-        ("noise of the network is not seeded", "        torch.manual_seed(number", "        repr(number"),
-        ("noise is the same on every rank", "*([place] if place else [])", ""),
         (
             "ranks cut the batch and parts cut the ranks",
             "start = (part * ranks.world() + ranks.rank()) * self.size",

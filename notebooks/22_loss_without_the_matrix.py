@@ -104,24 +104,23 @@ gap = (gradients(curves[1].sum(), y)[0] - (p @ A - m)).abs().max()
 assert gap < 1e-12, f"{gap:.1e}: a code's gradient is the difference of two barycentres"
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.1), width_ratios=[1, 1.1])
-left.plot(*(p @ A).T, color=figures.ROLE["student"], label="student's, all $y$")
-left.scatter(*A.T, s=14, color=figures.ROLE["data"], label="slopes $a_k$")
-left.scatter(*A.T, s=600 * q, color=figures.ROLE["teacher"], alpha=0.65, lw=0, label="target $q$")
-left.scatter(*A.T, s=600 * q2, facecolors="none", edgecolors=figures.ROLE["prototypes"], lw=1.5, label="target $q'$")
-left.plot(*m, "*", ms=12, color=figures.BLACK, label="barycentre of both")
-left.set(aspect="equal", title="Two targets, one barycentre ...", xlim=(-4.8, 12)), left.set_axis_off()
-left.legend(loc="center right", labelspacing=1.1)
-for curve, style, name in zip(curves, ("-", "--"), ("toward $q$", "toward $q'$"), strict=True):
-    color, lw = (figures.ROLE["teacher"], 5) if style == "-" else (figures.ROLE["prototypes"], 1.5)
-    right.plot(theta, curve.detach(), style, lw=lw, color=color, label=name)
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.9), width_ratios=[1.2, 1])
+left.plot(*(p @ A).T, color=figures.ROLE["student"], label="student's barycentres")
+left.scatter(*A.T, s=10, color=figures.ROLE["data"], label="slopes $a_k$")
+left.scatter(*A.T, s=400 * q, color=figures.ROLE["teacher"], alpha=0.65, lw=0, label="target $q$")
+left.scatter(*A.T, s=400 * q2, fc="none", ec=figures.ROLE["prototypes"], lw=1.5, clip_on=False, label="target $q'$")
+left.plot(*m, "*", ms=11, color=figures.BLACK, label="barycentre of $q$ and $q'$")
+left.set(aspect="equal", title="Two targets, one barycentre ...", xlim=(-4.5, 11), ylim=(-5, 5), xticks=[], yticks=[])
+left.spines[:].set_visible(False), left.legend(loc="center right", labelspacing=0.9)
+right.plot(theta, curves[0].detach(), lw=5, color=figures.ROLE["teacher"], alpha=0.65, label="toward $q$")
+right.plot(theta, curves[1].detach(), "--", color=figures.ROLE["prototypes"], label="toward $q'$")
 right.set(xlabel="angle of the code $y$ (rad)", ylabel="cross-entropy (nats)", title="... one loss for every code")
-right.legend(loc="upper center")
+right.legend(loc="upper right")
 figures.show(fig, alt="Left: two targets on a circle of prototypes share a barycentre. Right: their losses coincide.")
 
 # %% [markdown]
-# **Finding.** Left: areas are probabilities. $q$ sits on neighbors, $q'$ on prototypes around the circle. Right: the two
-# losses are one curve. An image learns $p$ numbers from a target, not $K$. The *prototypes* do tell the two apart:
+# **Finding.** Left: areas are probabilities. $q$ sits on neighbors, $q'$ on three prototypes far apart. Right: their losses
+# are one curve. An image learns $p$ numbers from a target, not $K$. The *prototypes* do tell the two apart:
 # $\partial / \partial a_k = (p_k - q_k)\, y$.
 #
 # ## 2. Every rule for targets is two vectors
@@ -148,8 +147,7 @@ for make, seed in [(link, seed) for link in links for seed in range(n_seeds)]:
     for _ in range(2):  # the second time with a memory
         shifted, matrix = by_rows.shift(rows, 0.07), whole(L, 0.07)
     gap = (shifted.matrix() - matrix).abs().max()
-    assert shifted.codes is rows.codes and shifted.slopes is rows.slopes, f"{whole}: only f and g may change"
-    assert gap < 1e-11, f"{whole}, {gap:.1e}: a link needs a few rows at a time"
+    assert shifted.slopes is rows.slopes and gap < 1e-11, f"{whole}, {gap:.1e}: a link changes f and g, by a few rows"
 gap = (sinkhorn(L, 3) - matrix).abs().max()
 assert gap < 1e-11, f"{gap:.1e}: two vectors are the library's Sinkhorn (prototypes_lib/assignment.py)"
 
@@ -168,49 +166,44 @@ def textbook(L, minus):  # exponentiate, then divide
     return Q
 
 
-kappas = torch.logspace(0.7, 3, 24).tolist()
-finite, error = torch.zeros(2, 4, n_seeds, len(kappas)).double()  # share of targets; distance to the exact ones
-for i, seed in torch.cartesian_prod(torch.arange(len(kappas)), torch.arange(n_seeds)).tolist():
+kappas, off = torch.logspace(0.7, 3, 24).tolist(), torch.zeros(4, n_seeds, 24)
+for i, seed in torch.cartesian_prod(torch.arange(24), torch.arange(n_seeds)).tolist():
     y, mu = codes(seed, B, p), prototypes(seed, K, p)
     mu[: B // 2] = normalize(y[::2] + 0.15 * randn(seed + 50, B // 2, p), dim=-1)  # half the codes have one at hand
     exact, L = Sinkhorn(3)(kappas[i] * y @ mu.T).exp(), (kappas[i] * y @ mu.T).float()
-    forms = [textbook(L, minus) for minus in (0.0, L.max(), L.amax(1, keepdim=True))]
-    for j, Q in enumerate([*forms, sinkhorn(L, 3).exp()]):
-        finite[j, seed, i], error[j, seed, i] = Q.isfinite().all(1).double().mean(), tv(Q, exact)
-assert (finite[3] == 1).all() and (error[3] < 1e-5).all(), f"{error[3].max():.1e}: log domain, right at any length"
-assert (finite[:3, :, -1] == 0).all(), "with scores in the hundreds every exponential form breaks down"
-assert (error[2, :, 10] > 0.1).all(), "subtracting each sample's largest score gives finite, but other targets"
+    Qs = [textbook(L, minus) for minus in (0.0, L.max(), L.amax(1, keepdim=True))] + [sinkhorn(L, 3).exp()]
+    off[:, seed, i] = torch.tensor([tv(Q, exact) for Q in Qs])
+assert (off[3] < 1e-5).all(), f"{off[3].max():.1e}: in the log domain targets are right at any length"
+assert off[:3, :, -1].isnan().all(), "with scores in the hundreds every exponential form breaks down"
+assert (off[2, :, 10] > 0.1).all(), "subtracting each sample's largest score gives finite, but other targets"
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.1))
-looks = zip((figures.VERMILLION, figures.ORANGE, figures.PINK, figures.BLUE), "s^Do", strict=True)
+fig, ax = plt.subplots(figsize=(7, 2.9))
+looks = [*zip((figures.VERMILLION, figures.ORANGE, figures.PINK, figures.BLUE), "s^Do", strict=True)]
 labels = "exponentials", "largest score subtracted", "each row's largest subtracted", "log domain, two vectors"
-for j, (color, marker) in enumerate(looks):
-    left.plot(kappas, 100 * finite[j].mean(0), marker + "-", color=color, label=labels[j], ms=6 - j)
-    right.plot(kappas, error[j].T, marker, color=color, alpha=0.4, ms=3, mfc="none")
-    right.plot(kappas, error[j].mean(0), "-", color=color)
-left.set(ylabel="finite targets (%)", title="Float32: how far each form goes", ylim=(-4, 165), yticks=range(0, 101, 25))
-right.set(yscale="log", ylabel="total variation from exact targets", title="Finite is not yet right")
-for ax in (left, right):
-    ax.set(xscale="log", xlabel=r"concentration $\kappa = |w|/\tau$")
-    ax.axvline(88.7, ymax=0.6, color=figures.ROLE["bound"], lw=0.8, ls=":")
-left.legend(loc="upper left")
+for label, values, (color, marker) in zip(labels, off, looks, strict=True):
+    share = f"{values.isfinite().float().mean():.0%} finite"
+    ax.loglog(kappas, values.T, marker, color=color, alpha=0.5, ms=3, mfc="none")
+    ax.loglog(kappas, values.nanmean(0), "-", marker=marker, ms=3, color=color, label=f"{label}: {share}")
+ax.axvline(88.7, color=figures.ROLE["bound"], lw=0.8, ls=":")
+ax.set(xlabel=r"concentration $\kappa = |w|/\tau$", ylabel="distance from exact targets", xlim=(4.5, 2e4))
+ax.set(title="Float32: how far each form of Sinkhorn goes, and how well", xticks=(10, 100, 1000))
+ax.set_xticks([], minor=True)
+ax.legend(loc="center right")
 figures.show(fig, alt="Exponential Sinkhorn ends in NaN from kappa 89 on; with row maxima it is finite, but far off.")
 
 # %% [markdown]
-# **Finding.** Dotted: $e^\kappa$ overflows, at $\tau$ = 0.04 for $|w|$ = 3.55. Subtracting the largest score buys little,
-# then whole rows underflow to $0/0$. Rows shifted one by one stay finite longer, at targets far from those asked for
-# (right, a mark is a seed). Log-sums keep float32's digits at every length.
+# **Finding.** A mark is a seed; lines end where targets are NaN. Dotted: $e^\kappa$ overflows, at $\tau$ = 0.04 for
+# $|w|$ = 3.55. Subtracting the largest score buys little, then rows underflow to $0/0$. Rows shifted one by one last
+# longer, at targets far from those asked for. Log-sums keep float32's digits at every length.
 #
-# ## 3. One pass: the memory of the prototypes, the digits of float64
-# Autograd would keep every block until it is asked for gradients, and memory would be that of the matrix. But they are
-# known while the block is there, and then it can go:
-# $$\partial_{y_i} = n_i A^\top p_i - \sum_j \omega_{ji} m_j, \quad
-#   \partial_A = \sum_i n_i\, p_i y_i^\top - \sum_j q_j u_j^\top, \quad
-#   \partial_b = \sum_i n_i\, p_i - \sum_j n'_j q_j .$$
-# With $S$ views and $T$ targets of $B$ images the matrix takes $(3S + T) B K p$ multiplications; $m$ and $q u^\top$ add
-# $2T$: with 12 and 2 it is 42 instead of 38. That is the price. Two gains are measured: memory, and digits. A loss of
-# ten nats is made of terms in the hundreds ($\log C_p$), and in float32 it matters how they are added.
+# ## 3. One pass: the memory of the prototypes, the digits of their rows
+# Autograd keeps every block until it is asked for gradients: again the whole matrix. But the gradients
+# $n_i A^\top p_i - \sum_j \omega_{ji} m_j$ of codes and $\sum_i n_i\, p_i y_i^\top - \sum_j q_j u_j^\top$ of slopes are
+# known while the block is there, and then it can go (section 1 compared them with autograd's). With $S$ views and $T$
+# targets of $B$ images the matrix takes $(3S + T) B K p$ multiplications, $m$ and $q u^\top$ add $2T$: with 12 and 2,
+# 42 instead of 38. That is the price. For the gain we follow all tensors while they live. And digits: in float32 a loss
+# of ten nats is made of terms in the hundreds ($\log C_p$), so the order in which they are added should matter.
 
 
 # %%
@@ -228,16 +221,42 @@ class Held(TorchDispatchMode):  # most bytes in tensors at one time, inputs incl
         return out
 
 
-# %%
-def inputs(seed, K, B, S=12, p=64):
+def inputs(seed, K, S, B, p):
     w = prototypes(seed, K, p, 2 * torch.exp(0.2 * randn(seed, K, 1))).float()
-    return codes(seed, S, B, p).float().requires_grad_(), codes(seed + 500, 2, B, p).float(), w.requires_grad_()
+    return codes(seed, S, B, p).float().requires_grad_(), codes(seed + 500, 2, B, p).float(), w
 
 
-def forms(Y, t, w):  # four ways to one number; each makes all it needs
-    B, targets, a = t.shape[1], LogScores(20 * t.flatten(0, 1), w.detach()), scores.affine(scores.vmf, w, 0.1)
-    omega = torch.kron(1 - torch.eye(2, len(Y)), torch.eye(B)).to(Y) / (2 * (len(Y) - 1) * B)
-    q = lambda: torch.softmax(targets.matrix(), -1)
-    return {
-        "all pairs at once": lambda: -torch.einsum("jk,ik,ji->", q(), torch.log_softmax(...), omega),
-    }
+# %%
+forms = "matrix, all pairs at once", "matrix, view by view", "matrix, barycentres", "blocks, one pass"
+
+
+def loss(form, Y, t, w):
+    targets, a, (S, B, _) = LogScores(20 * t.flatten(0, 1), w.detach()), scores.affine(scores.vmf, w, 0.1), Y.shape
+    if form == "blocks, one pass":
+        return cross_entropy_of_views(a.scale * Y, a.slopes, a.offsets, [targets], block=2**18)
+    q, omega = torch.softmax(targets.matrix(), -1), torch.kron(1 - torch.eye(2, S), torch.eye(B)) / (2 * (S - 1) * B)
+    if form == "matrix, barycentres":
+        return loss_of_pairs(a.scale * Y.flatten(0, 1), q, omega.to(Y), a.slopes, a.offsets)
+    L, q = a.scale * Y @ a.slopes.T + a.offsets, q.unflatten(0, (2, B))
+    if form == "matrix, view by view":
+        return objectives.over_views(objectives.cross_entropy, q, list(L))
+    pairs = torch.einsum("tbk,sbk->ts", q, torch.log_softmax(L, -1))
+    return (pairs.trace() - pairs.sum()) / (2 * (S - 1) * B)
+
+
+# %%
+ks = [K for K in (1024, 4096, 16384, 65536) if K <= most_prototypes]
+held, lost, wrong = torch.zeros(3, 4, len(ks), n_seeds).double()  # MB; errors of the loss and of the codes' gradient
+for i, seed in torch.cartesian_prod(torch.arange(len(ks)), torch.arange(n_seeds)).tolist():
+    Y, t, w = inputs(seed, ks[i], 4, 2, 256)
+    exact = loss(forms[1], Y.double(), t.double(), w.double())
+    truth = gradients(exact, Y)[0]
+    for j, form in enumerate(forms):
+        value = loss(form, Y, t, w)
+        lost[j, i, seed] = abs(value.item() / exact.item() - 1)
+        wrong[j, i, seed] = (gradients(value, Y)[0] - truth).norm() / truth.norm()
+        if not seed:
+            with Held() as inside:
+                loss(form, *inputs(0, ks[i], 12, 16, 32)).backward()
+            held[j, i] = inside.most / 1e6
+print(held[...,0], lost.mean(-1), wrong.mean(-1))

@@ -100,15 +100,12 @@ class Batches:
     def batch(self, step: int, part: int = 0) -> tuple[list[Tensor], Bool[Tensor, "*crops height width"] | None]:
         """This process's views of part `part` of a step, and what the student does not see of them.
 
-        Masks are those of all first global crops, then of all second ones; MSN's dropped patches are one mask. Torch's
-        own generators are set too, for stochastic depth: other numbers on every rank and in every part.
+        Masks are those of all first global crops, then of all second ones; MSN's dropped patches are one mask.
         """
         own = self._own(part)
         pixels = self._pixels(step, part)
         parameters, masks = self._parameters(step)
         views = self.crop.make(pixels, [(size, part_of(c, own), part_of(l, own)) for size, c, l in parameters])
-        place = part * ranks.world() + ranks.rank()
-        torch.manual_seed(number(self.run.seed, "network", step, *([place] if place else [])))
         if masks is not None and masks.ndim == 4:
             masks = masks[:, own].flatten(0, 1)
         return views, None if masks is None else masks.to(self.device)

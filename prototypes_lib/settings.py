@@ -88,13 +88,15 @@ class Run:
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
         for name in (*sizes, "epochs", "checkpoint_epochs", "layer_decay"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
         not_negative = ("lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "drop_path")
         factors = ("prototype_lr_factor", "prototype_weight_decay", "patch_embed_lr")
         for name in (*not_negative, "workers", "warmup_lr", "freeze_last_layer", *factors):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} does not fit into 64 bits")
         if self.shard and self.optimizer != "adamw":
             raise ValueError(f"shard=True spreads adamw's state only, not that of optimizer={self.optimizer!r}")
         if self.drop_path >= 1:

@@ -225,6 +225,7 @@ def _loop(
             trainer.undo()
             if trainer.done > saved:
                 keep()
+            distributed.barrier()  # who leaves first would look like the one that failed
         stopped.step, stopped.folder = trainer.done, trainer.folder
         raise
 
