@@ -1,8 +1,10 @@
 """Prototypes in self-supervised learning: the DINO family as compositions of a few ideas.
 
-Ideas (pure functions): vmf, scores, assignment, objectives, regularizers, methods, collapse, precision.
-Machinery: data, views, photometric, masks, backbones, heads, learner, schedules, optimizers, settings,
-paper_runs, train, checkpoints, records.
+Ideas (pure functions): vmf, scores, blockwise, assignment, objectives, regularizers, methods, collapse; precision and
+ranks say once how all of them compute and where a batch lies.
+Machinery, what a step is made of: data, resampling, photometric, views, masks, batches; backbones, stochastic_depth,
+batch_norm, heads, learner; schedules, optimizers, settings, paper_runs. A run: distributed, interrupts, trainer, train,
+files, checkpoints, records.
 Reading: evaluate, sweeps, figures, course, cli.
 """
 

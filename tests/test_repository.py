@@ -12,10 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = ("notebooks", "eval", "cli", "dev")
-IDEAS = {"vmf", "scores", "assignment", "objectives", "regularizers", "methods", "collapse", "precision"}
+IDEAS = {
+    "vmf", "scores", "blockwise", "assignment", "objectives", "regularizers", "methods", "collapse", "precision",
+    "ranks",
+}  # fmt: skip
 MACHINERY = {
-    "data", "views", "photometric", "masks", "backbones", "heads", "learner", "schedules", "optimizers", "train",
-    "checkpoints", "records", "settings", "paper_runs",
+    "data", "resampling", "photometric", "views", "masks", "batches", "backbones", "stochastic_depth", "batch_norm",
+    "heads", "learner", "schedules", "optimizers", "settings", "paper_runs", "distributed", "interrupts", "trainer",
+    "train", "files", "checkpoints", "records",
 }  # fmt: skip
 READING = {"evaluate", "sweeps", "figures", "course", "cli"}
 
@@ -33,7 +37,7 @@ def test_conda_make_and_pyproject_install_the_same_extras():
     conda = (ROOT / "environment.yml").read_text()
     make = (ROOT / "Makefile").read_text()
     wanted = f".[{','.join(EXTRAS)}]"
-    assert set(PROJECT["optional-dependencies"]) == {*EXTRAS, "parity"}  # peers are nobody's need but the comparison's
+    assert set(PROJECT["optional-dependencies"]) == {*EXTRAS, "peers"}  # nobody's need but the comparison's
     assert f"--editable {wanted}" in conda and f'-e "{wanted}"' in make
     floor = re.search(r"python>=(\d+\.\d+)", conda)[1]
     assert PROJECT["requires-python"] == f">={floor}"
