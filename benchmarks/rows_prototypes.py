@@ -62,7 +62,7 @@ def _values(answers: dict[str, Any]) -> dict[str, Any]:
 
 def prototype_loss(size: str, device: str) -> Row:
     """DINO's loss of 2 global and 10 local crops, from codes to the gradients of codes and prototypes."""
-    b, k, dim, views = {"small": (4, 500, 32, 4), "cpu": (128, 65536, 256, 12), "gpu": (1024, 65536, 256, 12)}[size]
+    b, k, dim, views = {"small": (4, 500, 32, 4), "cpu": (256, 65536, 256, 12), "gpu": (1024, 65536, 256, 12)}[size]
     student, teacher = (unit(n, b, dim, seed=s, device=device) for s, n in enumerate((views, 2)))
     w, w_teacher = (unit(k, dim, seed=s, device=device) for s in (2, 3))
     chain = Chain((Center,), k).to(device)

@@ -31,7 +31,7 @@ class _OverRanks(_BatchNorm):
         mean = sums[:-1] / n
         z = z - mean.view(shape)
         var = ranks.total(z.square().sum(dims)) / n
-        if self.training and self.track_running_stats and self.running_mean is not None:
+        if self.training and self.track_running_stats and self.running_mean is not None and ranks.world() > 1:
             self._remember(mean.detach(), var.detach(), n)
         z = z * (var + self.eps).rsqrt().view(shape)
         if self.affine:

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import io
 import json
 import math
 import platform
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from prototypes_lib import __version__
-from prototypes_lib.files.storage import write_text
+from prototypes_lib.files.storage import clear_error, write_text
 
 
 class Log:
@@ -44,8 +45,12 @@ class Log:
         self.rows.append(row)
         if not self.writes:
             return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise clear_error(path, error) from error
         now = time.monotonic()
         if self.progress and (now - self._said > 10 or row["step"] == self.steps):
             self._said = now
@@ -66,10 +71,11 @@ class Log:
         if not self.writes:
             return
         names = list(dict.fromkeys(key for row in self.rows for key in row))
-        with (self.folder / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.folder / "metrics.csv", table.getvalue())
         write_text(self.folder / "result.json", json.dumps(summary, indent=2))
 
 

@@ -177,13 +177,14 @@ def all_or_nothing(place: Path) -> Iterator[Path]:
         remove(aside)
         yield aside
     except (OSError, SafetensorError) as error:
-        raise _clear(place, error) from error
+        raise clear_error(place, error) from error
     finally:
         remove(aside)
         _writing.discard(place)
 
 
-def _clear(place: Path, error: OSError | SafetensorError) -> OSError:
+def clear_error(place: Path, error: OSError | SafetensorError) -> OSError:
+    """The system's word for what failed, as one line with the file or folder, the cause and the remedy."""
     number = getattr(error, "errno", None)
     if number is None and (match := re.search(r"os error (\d+)", str(error))):  # safetensors', from below Python
         number = int(match[1])

@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -24,12 +25,16 @@ import torch
 from gloo import CONTEXT
 from resume import differ, given, method, pictures, tiny
 
-from prototypes_lib import checkpoints, records
+from prototypes_lib import checkpoints, distributed, records
 from prototypes_lib import train as training
 from prototypes_lib.cli import run_command
+from prototypes_lib.distributed.watch import STATUS
 from prototypes_lib.files import storage
 from prototypes_lib.trainer import Trainer
 
+CONTEXT.set_forkserver_preload(
+    ["torch", "pytest", "prototypes_lib.distributed", "prototypes_lib.cli", "prototypes_lib.train"]
+)
 METHOD = "dinov2"  # centers, two heads, masks
 PHASES = ("rehearsal", "forward", "backward", "optimizer", "save", "log", "step")  # a child says when each begins
 KINDS = ("start", *PHASES, "call", "call", "call", "torn tensors", "torn line")  # ways to die
@@ -274,3 +279,84 @@ def kills(n: int, seed: int = 0, folder: Path | None = None) -> Iterator[tuple[s
             done += len(deaths)
             if done >= n:
                 return
+
+
+# --------------------------------------------------------------------------------------- one of two ranks, and doubles
+
+
+def ranked(say: Callable, rank: int, port: int, out: Path, patience: dict[str, float]) -> None:
+    """Train as one of two ranks that torchrun would have started; what it writes to stderr is in a file."""
+    descriptor = os.open(out.with_suffix(f".{rank}.err"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    telling(say)
+    right = distributed.group
+    with mock.patch.object(distributed, "group", lambda device: right(device, **patience)), given(pictures()):
+        training.train(method(METHOD), tiny(out), "x")
+    say("done")
+
+
+def _pair(out: Path, patience: dict[str, float]) -> list[Child]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [Child(ranked, rank, port, out, patience) for rank in range(2)]
+
+
+def _lost(out: Path, whole: Path, who: int, what: signal.Signals, step: int, patience: dict[str, float]) -> str | None:
+    pair = _pair(out, patience)
+    with pair[0], pair[1]:
+        victim, other = pair[who], pair[1 - who]
+        if not victim.until("step", step):
+            return f"rank {who} ended after {victim.heard[-3:]}"
+        os.kill(victim.process.pid, what)
+        start = time.monotonic()
+        status, seconds = other.rest(), time.monotonic() - start
+        said = out.with_suffix(f".{1 - who}.err").read_text()
+        if status == 0 and other.last("done"):
+            return "the run was over before"
+        if status != STATUS or f"rank {who} (pid {victim.process.pid}" not in said or seconds > 30:
+            return f"status {status} after {seconds:.0f} s: {said[-300:]}"
+    pair = _pair(out, patience)
+    with pair[0], pair[1]:
+        if any([child.rest() for child in pair]):
+            return "the run cannot be finished: " + out.with_suffix(".0.err").read_text()[-300:]
+    return differ(next(out.iterdir()), whole)
+
+
+def lost_ranks(
+    folder: Path | None = None, patience: dict[str, float] | None = None
+) -> Iterator[tuple[str, str | None]]:
+    """Either of two ranks is killed or suspended in mid-run: the other ends within 30 s, naming it; the run goes on."""
+    patience = patience or {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or Path(temporary)
+        pair = _pair(folder / "whole", patience)
+        with pair[0], pair[1]:
+            if any([child.rest() for child in pair]):
+                raise RuntimeError((folder / "whole.0.err").read_text())
+        (whole,) = (folder / "whole").iterdir()
+        for what in (signal.SIGKILL, signal.SIGSTOP):
+            for who in (1, 0):
+                out = folder / f"{what.name} {who}"
+                yield f"{what.name} to rank {who} of 2", _lost(out, whole, who, what, 4, patience)
+
+
+def doubles(n: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:
+    """n times a second process wants to train in the folder of a first: refused; and, the first killed, admitted."""
+    r = random.Random(seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        for i in range(n):
+            out, phase, times = Path(temporary, f"{i}"), r.choice(PHASES[1:]), r.randrange(1, 3)
+            with Child(trained, out) as first:
+                first.until(phase, times)
+                os.kill(first.process.pid, signal.SIGSTOP)
+                with Child(commanded, out) as second:
+                    status, said = second.rest(), second.last("stderr") or ""
+                wrong = None
+                if status != 2 or f"in use by process {first.process.pid} " not in said or "\n" in said:
+                    wrong = f"status {status}: {said}"
+            if _live(out, None).status:  # the first has been killed
+                wrong = wrong or "the lock outlived its process"
+            yield f"a second process at {phase} {times}", wrong

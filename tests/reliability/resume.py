@@ -4,15 +4,18 @@ Also what the other files of this folder train: a tiny network on pictures made 
 """
 
 import contextlib
+import errno
 import functools
 import itertools
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import mutants
 import numpy as np
 
 from prototypes_lib import checkpoints, records
@@ -142,3 +145,38 @@ def _resumed(folder: Path, name: str, precision: str, stop: str, workers: int) -
         if (saved := checkpoints.newest(place)) != at or at not in (3, 4):
             return f"stopped after step {at}, but step {saved} was saved"
         return differ(training.train(composed, run, name).folder, whole.folder)
+
+
+CALLS = (("os.fsync", 39), ("os.rename", 6), ("io.open", 20))  # and how often a run makes them, about
+
+
+def full_disk(folder: Path, call: str, number: int, at: int) -> tuple[bool, str | None]:
+    """Whether a run noticed that its at-th call failed for want of room, and what is wrong after it and its repetition.
+
+    A call that tidies up may fail unnoticed: the run must be right all the same.
+    """
+    composed, run, noticed = method("dino"), tiny(folder / "full"), False
+    with given(pictures()):
+        whole = training.train(composed, run.but(out=str(folder / "whole")), "x")
+        try:
+            with mutants._fails(call, number, at):
+                training.train(composed, run, "x")
+        except OSError as error:
+            noticed, text = True, str(error)
+            if "\n" in text or error.errno != number or "choose another out" not in text:
+                return True, f"it says {text}"
+        places = list((folder / "full").glob("x-*"))
+        if bad := [step for place in places for step in checkpoints.steps(place) if checkpoints.damage(place, step)]:
+            return noticed, f"checkpoints {bad} are damaged"
+        return noticed, differ(training.train(composed, run, "x").folder, whole.folder)
+
+
+def full_disks(n: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:
+    """n runs on a disk that is full, or broken, once."""
+    r = random.Random(seed)
+    for _ in range(n):
+        (call, count), number = r.choice(CALLS), r.choice((errno.ENOSPC, errno.EIO, errno.EDQUOT))
+        at = r.randrange(count)
+        with tempfile.TemporaryDirectory() as folder:
+            noticed, wrong = full_disk(Path(folder), call, number, at)
+            yield f"{errno.errorcode[number]} in {call} {at}{', unnoticed' * (not noticed)}", wrong
