@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PINS ?= constraints.txt
 OUT ?= out
 
-.PHONY: run test test-fast lab setup executed records lint pins data clean help
+.PHONY: run test test-fast lab setup executed records soak speed lint pins data clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,13 @@ records: setup  ## make every run of the comparing notebooks again (long), the e
 	  $(BIN)/prototypes run --only $$n --out $(OUT) --timeout 0 --total-timeout 0 -p scale cpu || exit 1; \
 	done
 	$(BIN)/python benchmarks/numerics.py && $(BIN)/python benchmarks/mutations.py
+
+soak: setup  ## kill, fill up, damage and starve runs, at full size (about fifteen minutes); writes its record
+	$(BIN)/python benchmarks/soak.py
+
+speed: setup  ## ratios of time and memory beside other libraries (about ten minutes alone on the machine)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(PINS),-c $(PINS)) -e ".[peers]"
+	$(BIN)/python benchmarks/speed.py
 
 lint: setup  ## ruff, as CI and pre-commit run it
 	$(BIN)/ruff check .

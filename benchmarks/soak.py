@@ -48,6 +48,12 @@ def _full_disks(folder: Path, small: bool, seed: int) -> Told:
     return full_disks(2 if small else 60, seed)
 
 
+def _growth(folder: Path, small: bool, seed: int) -> Told:
+    from resume import growth
+
+    return growth(100 if small else 1000)
+
+
 def _not_finite(folder: Path, small: bool, seed: int) -> Iterator[tuple[str, str | None]]:
     import nans
 
@@ -169,6 +175,7 @@ CORPORA: dict[str, Callable[[Path, bool, int], Told | dict[str, Told]]] = {
     "signals that ask to stop": _signals,
     "stopped runs of every method, bit for bit": _resume,
     "disks that are full during a run": _full_disks,
+    "a long run that must not grow": _growth,
     "steps that are not finite": _not_finite,
     "one of two ranks lost": _lost_ranks,
     "second trainers in one folder": _doubles,

@@ -131,12 +131,14 @@ for k in ks:
 # | `16_collapse_on_the_circle` | full and partial collapse, KoLeo-data and KoLeo-proto, small enough to see |
 # | `18_koleo_proto` | KoLeo spreads prototypes: estimator, sign, gradient, partition |
 # | `20_coding_rate` | a coding rate can replace prototypes: Eq. 8, the corrected bound, what processes change |
+# | `22_loss_without_the_matrix` | the loss of all pairs needs no batch-by-prototypes matrix |
 # | `40_errata` | where the three papers' print and their meaning part |
 # | `50_pretraining` | the same on real images |
 # | `52_methods` | fifteen methods under one budget |
 # | `54_vmf_ablation` | score × centering, and who uses the prototypes |
 # | `56_number_of_prototypes` | K, the weight of KoLeo, and what balances the targets |
 # | `58_stability` | who collapses, at which step, seen how |
+# | `60_speed_and_survival` | how fast beside others, and what a run survives |
 #
 # ## Bigger
 # The notebooks are the programs: on a GPU `prototypes data cifar10`, then `prototypes run --only 50 --timeout 0

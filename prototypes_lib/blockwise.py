@@ -268,7 +268,8 @@ def cross_entropy(
 
     Pair (j, i) of a target and a prediction has a weight omega_ji. Of them the function needs, for each prediction,
     weight_i = sum_j omega_ji, and for each target toward_j = sum_i omega_ji codes_i and
-    toward_weight_j = sum_i omega_ji. Gradients reach codes, toward, slopes and offsets, once (no second derivative).
+    toward_weight_j = sum_i omega_ji; both weights have the same sum. Gradients reach codes, toward, slopes
+    and offsets, once (no second derivative).
     """
     codes, toward, slopes = wide(codes), wide(toward), wide(slopes)
     offsets = None if offsets is None else wide(offsets)

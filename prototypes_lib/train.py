@@ -123,7 +123,12 @@ def train(
             raise ValueError(f"no method {method!r}; choose one of {', '.join(METHODS)}")
         name, method = name or method, METHODS[method]
     if ranks > 1:
-        return distributed.spawn(_train_rank, (method, run, name, stop_after), ranks)
+        try:
+            return distributed.spawn(_train_rank, (method, run, name, stop_after), ranks)
+        except RuntimeError as error:  # with the failed rank's own error as its cause, where it has one
+            if isinstance(error.__cause__, (ValueError, FloatingPointError, MemoryError, OSError, Interrupted)):
+                raise error.__cause__ from None
+            raise
     with (
         distributed.group(pick_device(run.device)) as (device, watch),
         Signals(raise_now=among.world() == 1) as signals,

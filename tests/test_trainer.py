@@ -28,7 +28,7 @@ def test_masks_are_drawn_as_the_method_says(tmp_path):
 
     def hidden(**patch):
         made = trainer(run(tmp_path), ibot.but(patch=replace(ibot.patch, **patch)))
-        return torch.stack([made.batches.batch(step)[1].sum((1, 2)) for step in range(4)])  # 32 crops of 16 patches a step
+        return torch.stack([made.batches.batch(step)[1].sum((1, 2)) for step in range(4)])  # 32 crops of 16 patches
 
     all_of_them = hidden(probability=1.0, ratio=(0.3, 0.5), shape="rand")
     assert int(all_of_them.min()) == 4 and int(all_of_them.max()) <= 8

@@ -25,7 +25,8 @@ from prototypes_lib.trainer import Diverged, Trainer
 
 METHODS = ("dino", "dino-vmf-kp", "ibot-vmf", "swav", "msn", "dinov2", "simdinov2")
 WRONG = (math.nan, math.inf, -math.inf)
-AT = 3  # the step that goes wrong; memories are in use by then
+AT = 1  # the step that goes wrong
+QUEUED = 3  # where there is a queue, which is in use by then
 
 
 def made(out: Path, name: str, **changes: Any) -> Trainer:
@@ -133,23 +134,24 @@ def same(a: Any, b: Any) -> bool:
 
 def skipped(trainer: Trainer, fault: Callable[[], Any]) -> str | None:
     """What is wrong about a step with a fault, and the next one; None if nothing is."""
-    for step in range(AT):
+    bad = QUEUED if trainer.learner.queue is not None else AT
+    for step in range(bad):
         trainer.step(step)
     before = everything(trainer)
     with fault():
-        trainer.step(AT)
+        trainer.step(bad)
     now = everything(trainer)
-    if (trainer.done, trainer.bad, trainer.skipped) != (AT + 1, 1, 1):
+    if (trainer.done, trainer.bad, trainer.skipped) != (bad + 1, 1, 1):
         return f"it counts {trainer.done} steps, {trainer.bad} bad in a row, {trainer.skipped} skipped"
     if not same(before, now):
         return "something of it stayed"
     if any(p.grad is not None and not p.grad.isfinite().all() for p in trainer.learner.parameters()):
         return "a gradient stayed"
     ranks.total(torch.zeros(()))  # rank 0 has written
-    record = json.loads((trainer.folder / "skipped" / f"step-{AT + 1:08d}.json").read_text())
-    if record["step"] != AT + 1 or record["images"] != trainer.batches.rows(AT).tolist() or not record["not finite"]:
+    record = json.loads((trainer.folder / "skipped" / f"step-{bad + 1:08d}.json").read_text())
+    if record["step"] != bad + 1 or record["images"] != trainer.batches.rows(bad).tolist() or not record["not finite"]:
         return f"its record says {record}"
-    trainer.step(AT + 1)
+    trainer.step(bad + 1)
     if trainer.skipped != 1 or trainer.bad or same(before, everything(trainer)):
         return "the next step did not train"
     return None

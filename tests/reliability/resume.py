@@ -6,6 +6,7 @@ Also what the other files of this folder train: a tiny network on pictures made 
 import contextlib
 import errno
 import functools
+import gc
 import itertools
 import os
 import random
@@ -17,6 +18,7 @@ from unittest import mock
 
 import mutants
 import numpy as np
+import psutil
 
 from prototypes_lib import checkpoints, records
 from prototypes_lib import train as training
@@ -180,3 +182,25 @@ def full_disks(n: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:
         with tempfile.TemporaryDirectory() as folder:
             noticed, wrong = full_disk(Path(folder), call, number, at)
             yield f"{errno.errorcode[number]} in {call} {at}{', unnoticed' * (not noticed)}", wrong
+
+
+def growth(steps: int) -> Iterator[tuple[str, str | None]]:
+    """One long run with many checkpoints: memory, open files and threads after its first fifth, and at its end."""
+    process, seen = psutil.Process(), []
+    right = Trainer.step
+
+    def step(self: Trainer, number: int, *args: Any) -> bool:
+        if number in (steps // 5, steps - 1):
+            gc.collect()
+            seen.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+        return right(self, number, *args)
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Trainer, "step", step):
+        run = tiny(Path(folder, "runs"), epochs=steps * BATCH / N, checkpoint_epochs=10 * BATCH / N)
+        with given(pictures(mapped=Path(folder, "pixels"))), mock.patch.object(os, "fsync", lambda _: None):
+            training.train(method("dinov2"), run, "x")
+    (memory, files, threads), (memory_now, files_now, threads_now) = seen
+    grown = (memory_now - memory) / memory
+    yield f"memory over {steps} steps", None if grown < 0.01 else f"{memory / 2**20:.0f} MiB grew by {grown:.1%}"
+    yield f"open files over {steps} steps", None if files_now <= files else f"{files}, then {files_now}"
+    yield f"threads over {steps} steps", None if threads_now <= threads else f"{threads}, then {threads_now}"
