@@ -60,12 +60,14 @@ def _knn(dim: int, k: int, size: str, device: str) -> Row:
         def weights(distance: np.ndarray) -> np.ndarray:  # |a - b|^2 = 2 - 2 cos of unit vectors
             return np.exp(-0.5 * np.square(distance) / 0.07)
 
-        def sklearn() -> tuple[Tensor, Tensor | None]:
-            model = KNeighborsClassifier(k, weights=weights, algorithm="brute", n_jobs=torch.get_num_threads())
-            found = model.fit(x, y).predict(queries)
+        def sklearn(metric: str, weights: Callable) -> tuple[Tensor, Tensor | None]:
+            options = {"algorithm": "brute", "metric": metric, "n_jobs": torch.get_num_threads()}
+            found = KNeighborsClassifier(k, weights=weights, **options).fit(x, y).predict(queries)
             return torch.tensor(100 * float((found == test.labels.numpy()).mean())), None
 
-        peers[version("scikit-learn")] = sklearn
+        # as the protocol says it, and as it is fastest there: unit vectors are as near in either
+        peers[f"{version('scikit-learn')}, cosine"] = partial(sklearn, "cosine", lambda d: np.exp(-d / 0.07))
+        peers[f"{version('scikit-learn')}, euclidean"] = partial(sklearn, "euclidean", weights)
     if device == "cpu" and find_spec("faiss"):
         import faiss
 

@@ -93,11 +93,16 @@ class LogScores:
     def sweep(self, normalize: bool) -> tuple["LogScores", Float[Tensor, " k"]]:
         """L, where `normalize` with every row's exp summing to one, and log sum_b exp L_bk over all samples."""
         rows, columns = [], None
-        for _, block in self.blocks():
+        for span, block in self.blocks():
             if normalize:
-                rows.append(-torch.logsumexp(block, dim=1))
-                block.add_(rows[-1][:, None])
-            here = torch.logsumexp(block, dim=0)
+                rows.append(-_softmax_(block))
+                sums = block.sum(dim=0)
+                if block.device.type == "cpu" and sums.amin() > 1e-30:  # else below what float32 can hold
+                    here = sums.log_()
+                else:
+                    here = torch.logsumexp(self.make(span).add_(rows[-1][:, None]), dim=0)
+            else:
+                here = torch.logsumexp(block, dim=0)
             columns = here if columns is None else torch.logaddexp(columns, here)
         if columns is None:  # no row on this rank
             columns = self.codes.new_full((self.k,), -torch.inf)
@@ -109,7 +114,7 @@ class LogScores:
     @torch.no_grad()
     def normalized(self) -> "LogScores":
         """log softmax over the prototypes."""
-        rows = [-torch.logsumexp(block, dim=1) for _, block in self.blocks()]
+        rows = [-_softmax_(block) for _, block in self.blocks()]
         rows = torch.cat(rows) if rows else self.codes.new_zeros(0)
         return self.but(rows=rows if self.rows is None else self.rows + rows)
 
@@ -141,6 +146,13 @@ def entropies(targets: Sequence[LogScores]) -> tuple[Float[Tensor, ""], Float[Te
             usage = usage + p.sum(0)
     usage = ranks.total(usage) / n
     return (ranks.total(own) / n).to(usage), -(usage * torch.log(usage.clamp_min(torch.finfo(usage.dtype).tiny))).sum()
+
+
+def _softmax_(x: Tensor) -> Tensor:
+    """Turn log-scores into probabilities along the last dimension, in place; gives the logarithms of the sums."""
+    largest = x.amax(dim=-1)
+    torch.softmax(x, dim=-1, out=x)
+    return largest - x.amax(dim=-1).log()
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -224,9 +236,7 @@ class _Sums:
             torch.bmm(codes, scores.slopes.unflatten(0, (self.n, -1)).mT, out=memory)
             if scores.offsets is not None:
                 memory += scores.offsets.view(self.n, 1, -1)
-        largest = memory.amax(dim=2)
-        torch.softmax(memory, dim=2, out=memory)
-        log_sums = largest - memory.amax(dim=2).log()
+        log_sums = _softmax_(memory)
         log_sum = torch.logsumexp(log_sums, dim=0)
         return _Softmax(memory, (log_sums - log_sum).exp(), log_sum)
 

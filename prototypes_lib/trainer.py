@@ -26,6 +26,8 @@ from prototypes_lib.learner import Learner, Step
 from prototypes_lib.optimizers import clip_gradients
 from prototypes_lib.settings import Run
 
+_ELSE = ("a gradient, center or queue",)  # where loss and parts are finite
+
 
 class Diverged(FloatingPointError):
     """No finite loss for `run.bad_steps` steps in a row, from `step` on; `folder` holds the run until then."""
@@ -173,11 +175,12 @@ class Trainer:
         self._before = [(tensor.detach(), tensor.detach().clone()) for tensor in written]
 
     def _agree(self, outs: list[Step], asked: bool) -> tuple[bool, bool]:
-        """Whether a loss or gradient is not finite, and whether to stop, on any rank: the one wait of a step."""
+        """Whether a loss, gradient or memory is not finite, and whether to stop, on any rank: a step's one wait."""
         finite = torch.stack([out.loss for out in outs]).isfinite().all()
         gradients = [p.grad for p in self.learner.student.parameters() if p.grad is not None]
-        norms = torch.stack([sharding.whole(norm) for norm in torch._foreach_norm(gradients)])
-        bad = ~(finite & norms.isfinite().all())
+        memories = [b for b in self.learner.buffers() if b.is_floating_point()]  # an infinite center hides from losses
+        norms = [*torch._foreach_norm(gradients), *(torch._foreach_norm(memories) if memories else ())]
+        bad = ~(finite & torch.stack([sharding.whole(norm).float() for norm in norms]).isfinite().all())
         flags = ranks.largest(torch.stack([bad.float(), torch.full_like(bad, asked, dtype=torch.float32)]))
         bad, stop = (bool(flag) for flag in flags.tolist())
         return bad, stop
@@ -189,7 +192,7 @@ class Trainer:
         names = tuple(dict.fromkeys(k for part in parts for k, v in part.items() if not math.isfinite(v)))
         if ranks.rank() == 0 or names:
             record = {
-                "step": step + 1, "seed": self.run.seed, "rank": ranks.rank(), "not finite": names or ("gradient",),
+                "step": step + 1, "seed": self.run.seed, "rank": ranks.rank(), "not finite": names or _ELSE,
                 "parts": [{k: v if math.isfinite(v) else str(v) for k, v in part.items()} for part in parts],
                 "images": self.batches.rows(step).tolist(),
                 "again": f"Trainer.batches.batch({step}) makes this batch's views and masks again",
@@ -198,7 +201,7 @@ class Trainer:
             (self.folder / "skipped").mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "skipped" / f"step-{step + 1:08d}{rank}.json", json.dumps(record, indent=1))
         if self.bad >= self.run.bad_steps:
-            raise Diverged(step + 2 - self.bad, self.folder, names or ("gradient",))
+            raise Diverged(step + 2 - self.bad, self.folder, names or _ELSE)
 
     def check_weights(self) -> None:
         """Raise Diverged where a weight is not finite; asked before anything is saved."""
