@@ -44,7 +44,7 @@ records: setup  ## make every run of the comparing notebooks again (long), the e
 	$(BIN)/python benchmarks/numerics.py && $(BIN)/python benchmarks/mutations.py
 
 soak: setup  ## kill, fill up, damage and starve runs, at full size (about fifteen minutes); writes its record
-	$(BIN)/python benchmarks/soak.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 speed: setup  ## ratios of time and memory beside other libraries (about ten minutes alone on the machine)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(PINS),-c $(PINS)) -e ".[peers]"

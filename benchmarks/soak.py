@@ -7,8 +7,10 @@ survived / tried and the first faults of each; ends with 1 where something did n
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import re
 import sys
 import tempfile
@@ -130,7 +132,8 @@ def _images(folder: Path, small: bool, seed: int) -> dict[str, Told]:
     files = images.corpus()
     files = files[:20] if small else files
     place = images.write(folder / "set", files)
-    survived, tried, faults = images.ours(place, files)
+    with contextlib.redirect_stderr(io.StringIO()):  # where every skipped file is reported
+        survived, tried, faults = images.ours(place, files)
     told = {US: _counted((survived, tried, [f"{name}: {fault}" for name, fault in faults.items()]))}
     for name, (survived, tried, kinds) in images.peers(place, files).items():
         told[name] = _counted((survived, tried, [kind for kind, n in kinds.most_common() for _ in range(n)]))
@@ -148,7 +151,8 @@ def _layouts(folder: Path, small: bool, seed: int) -> Iterator[tuple[str, str | 
         root.parent.mkdir(parents=True)
         layout.make(root)
         try:
-            images = data.load(root, layout.split, root=root.parent / "cache", image_size=8, progress=False)
+            with contextlib.redirect_stderr(io.StringIO()):
+                images = data.load(root, layout.split, root=root.parent / "cache", image_size=8, progress=False)
             found = dict(zip(images.classes, np.bincount(images.labels).tolist(), strict=True))
             yield layout.name, None if found == layout.right else f"{found}"
         except (ValueError, FileNotFoundError) as error:
@@ -199,7 +203,8 @@ def judged(what: str, by: str, told: Told) -> dict:
     for tried, (name, fault) in enumerate(told, 1):
         if fault:
             wrong.append(f"{name}: {fault}" if name else fault)
-            print(f"  FAULT {wrong[-1][:300]}" if by == US else "", end="\n" if by == US else "", flush=True)
+            if by == US:
+                print(f"  FAULT {wrong[-1][:300]}", flush=True)
         if (now := time.monotonic()) - said > 10:
             said = now
             print(f"  {what}: {tried} tried, {now - start:.0f} s", flush=True)

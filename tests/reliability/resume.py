@@ -46,7 +46,7 @@ def tiny(out: Path, **changes: Any) -> Run:
     small = {
         "batch_size": BATCH, "epochs": STEPS * BATCH / N, "warmup_epochs": 0.4, "hidden": 16, "bottleneck": 8,
         "head_batch_norm": True, "drop_path": 0.2, "freeze_last_layer": 0.3, "monitor_steps": 1,
-        "checkpoint_epochs": 0.7, "backbone_options": {"depth": 2}, "out": out, "progress": False,
+        "checkpoint_epochs": 0.7, "backbone_options": {"depth": 1}, "out": out, "progress": False,
     }  # fmt: skip
     return Run.small(**(small | changes))
 

@@ -38,17 +38,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_nothing_of_it_stays(case, tmp_
     assert wrong is None
 
 
-@pytest.mark.parametrize("case", [("dinov2", "pixel", math.nan), ("ibot-vmf", "gradient", math.inf)])
+@pytest.mark.parametrize(
+    "case", [("dinov2", "pixel", math.nan), pytest.param(("ibot-vmf", "gradient", math.inf), marks=pytest.mark.slow)]
+)
 def test_where_one_rank_has_it_all_ranks_skip_the_step(case, tmp_path):
     ((_, wrong),) = nans.of_one_rank([case], tmp_path)
     assert wrong is None
 
 
-@pytest.mark.parametrize(("name", "place"), [("dinov2", "pixel"), ("dino", "gradient")])
+@pytest.mark.parametrize(
+    ("name", "place"), [("dino", "pixel"), pytest.param("ibot", "gradient", marks=pytest.mark.slow)]
+)
 def test_a_fault_that_stays_ends_the_run_with_names_also_when_it_is_started_again(name, place, tmp_path):
     assert nans.persistent(tmp_path, name, place, resumed=True) is None
 
 
+@pytest.mark.slow
 def test_a_run_with_a_bad_step_counts_it_and_resumes_bit_for_bit(tmp_path):
     assert nans.transient(tmp_path, "dinov2", "pixel") is None
 

@@ -62,7 +62,7 @@ def test_the_queue_of_the_matrix_is_in_use_when_its_runs_are_stopped(tmp_path):
 
 @pytest.mark.parametrize(
     ("call", "number", "at"),
-    [("os.fsync", errno.ENOSPC, 16), ("io.open", errno.EIO, 9)],
+    [("os.fsync", errno.ENOSPC, 16), pytest.param("io.open", errno.EIO, 9, marks=pytest.mark.slow)],
 )
 def test_a_full_disk_ends_a_run_in_one_line_and_what_was_saved_stays(call, number, at, tmp_path):
     assert resume.full_disk(tmp_path, call, number, at) == (True, None)
