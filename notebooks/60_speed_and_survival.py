@@ -22,8 +22,8 @@
 # **Cost:** under a minute on two CPU cores. It shows what two commands measured, `python benchmarks/speed.py` and `make
 # soak` (ten to twenty minutes each), and trains for some sixty steps of its own.
 #
-# **Deviations.** Sections 3 and 4 train DINOv2's recipe, because Sinkhorn targets, masked patches and KoLeo look at the
-# whole batch; the network is tiny, and BatchNorm in its projector, which does so too, is ours.
+# **Deviations.** Sections 3 and 4 train DINOv2's recipe, whose Sinkhorn targets, masked patches and KoLeo look at whole
+# batches; the network is tiny, K = 64, and BatchNorm in the projector, which looks at the batch too, is ours.
 
 # %% tags=["parameters"] nbmake={"mock": {"steps": 6, "limit": 64, "shared_steps": 2, "out": "../runs/smoke"}}
 size: 'Literal["cpu", "gpu"]' = "cpu"  # the record of speed.py: sizes of a CPU, or of a GPU (`--gpu`)
@@ -70,9 +70,8 @@ def read(name, command):
 # %% [markdown]
 # ## 1. Beside its peers
 # Seconds are of one machine and its mood; a ratio ours / peer is less so, if both sides work on the same tensors in one
-# process and take turns, forwards and backwards alternately, so that a drift meets both. Each has to give the right
-# answer before it is timed. A *goal* is a ratio we set for ourselves against the peer one would use otherwise; rows
-# without one compare with a formula as one would type it. Memory is the peak of what a call has alive beyond its inputs.
+# process and take turns, so that a drift meets both. Each has to give the right answer before it is timed. A *goal* is a
+# ratio that we want to stay below. Memory is the peak of what a call has alive beyond its inputs.
 
 # %%
 speed = read(f"speed_{size}.json", "python benchmarks/speed.py" + " --gpu" * (size == "gpu"))
@@ -116,7 +115,7 @@ for i in heads:
     left.annotate(PAIRS[i][0]["name"], *at, va="center", weight="bold")
     for axis in (left, right) if i else ():
         axis.axhline(places[i] - 0.8, color=figures.GRAY, lw=0.5, alpha=0.5)
-for verdict, (color, marker) in {**STYLE, "goal": (figures.BLACK, ".")}.items():
+for verdict, (color, marker) in {"goal": (figures.BLACK, "."), **STYLE}.items():
     left.plot([], [], marker, color=color, ms=5.5, label=verdict)
 fig.legend(loc="outside lower center", ncols=4)
 figures.show(fig, alt=f"{len(PAIRS)} comparisons by operation: ratios of time with quartiles and of peak memory on log "
@@ -139,9 +138,9 @@ print(f"faster than the peer: {faster} of {len(PAIRS)} comparisons\nwe lose here
 assert not check or faster > len(PAIRS) / 2, f"faster than {faster} of {len(PAIRS)} only: the claim is wrong here"
 
 # %% [markdown]
-# **Reading.** Bars are quartiles over the turns. Squares are goals that we set and did not reach, with the reason
-# printed; "we lose here" lists every peer that is faster, with a goal or without. The losses gain most in memory: no
-# matrix of scores is kept (notebook 22). A training step is mostly the backbone, the same network on both sides.
+# **Reading.** Bars are quartiles over the turns. Squares are goals we did not reach, with the reason printed; "we lose
+# here" lists every peer that is faster, with a goal or without. The losses keep no matrix of scores (notebook 22), which
+# shows in their memory. A training step is mostly the backbone, the same network on both sides.
 #
 # ## 2. What it survives
 # Each kind of misfortune was made on purpose, many times, and every outcome compared with what it should be: a killed
@@ -149,26 +148,24 @@ assert not check or faster > len(PAIRS) / 2, f"faster than {faster} of {len(PAIR
 # that outcome and no other. The same image files and notebooks went through others too.
 
 # %%
-soak = read("soak.json", "make soak")
-rows, US = soak["table"], "prototypes_lib"
+rows, US = read("soak.json", "make soak")["table"], "prototypes_lib"
 heights = [i + 0.5 * sum(row["by"] == US for row in rows[: i + 1]) for i in range(len(rows))]
 fig, axis = plt.subplots(figsize=(8.5, 0.7 + 0.2 * len(rows)))
 for y, row in zip(heights, rows, strict=True):
     share = row["survived"] / row["tried"]
-    axis.barh(y, 1, color=figures.GRAY, alpha=0.18, height=0.75)
+    axis.barh(y, 1, color=figures.GRAY, alpha=0.2, height=0.75)
     axis.barh(y, share, color=figures.BLUE if row["by"] == US else figures.ORANGE, height=0.75)
     axis.text(1.01, y, f"{row['survived']} of {row['tried']}", va="center")
-    axis.text(0.008, y, "" if row["by"] == US else row["by"], va="center", fontsize=8)
-ours = {row["what"]: y for y, row in zip(heights, rows, strict=True) if row["by"] == US}
-axis.set_yticks(list(ours.values()), list(ours))
-axis.set(xlim=(0, 1), ylim=(heights[-1] + 0.7, -0.7), title="Share survived: ours blue, others where named")
+axis.set_yticks(heights, [row["what"] if row["by"] == US else f"with {row['by']}" for row in rows])
+axis.tick_params("y", length=0)
+axis.set(xlim=(0, 1), ylim=(heights[-1] + 0.7, heights[0] - 0.7), title="Share survived (orange: with others)")
 axis.xaxis.set_major_formatter("{x:.0%}")
 figures.show(fig, alt="Shares of misfortunes survived, a bar a kind, with counts; others' bars are named.")
 
 # %%
 for row in rows:
-    for fault in row["faults"][: 3 if row["by"] == US else 2]:
-        print(f"{row['what']}, {row['by']}: {fault.splitlines()[0][:110]}")
+    for fault in row["faults"][:3]:
+        print(f"not survived: {row['what']}, {row['by']}: {fault.splitlines()[0][:100]}")
 ours = [row for row in rows if row["by"] == US]
 survived, tried = (sum(row[name] for row in ours) for name in ("survived", "tried"))
 print(f"{US}: {survived} of {tried} in {sum(row['seconds'] for row in ours) / 60:.0f} min")
@@ -176,19 +173,17 @@ lost = [row["what"] for row in ours if row["survived"] < row["tried"]]
 assert tried and not (check and lost), f"not all survived: {', '.join(lost)}; the first faults are printed above"
 
 # %% [markdown]
-# **Reading.** A full bar is no proof: after $n$ tries without a loss, a chance of loss above $3/n$ is unlikely (95 %).
-# Others were not made for this. A loader that shows half a picture without a word has made a choice; it is counted as
-# a loss here, because who reads the numbers would not know.
+# **Reading.** A full bar is no proof: after $n$ tries without a loss its chance is below $3/n$, with 95 % confidence.
+# Others were not made for this: to show half a picture without a word is a choice, counted as not survived here.
 #
 # ## 3. A run that is interrupted is the same run
 # Let $\theta_t$ be all that training changes: weights of student and teacher, centers, BatchNorm's statistics, the
 # optimizer's moments. A step is $\theta_{t+1} = F(\theta_t, t, \mathrm{seed})$ if everything random in it (which images,
 # their views and masks, which layers are dropped) is drawn from a generator made of (seed, $t$, place in the batch), and
 # not from one that remembers. Then $\theta_t$ and $t$ are a whole checkpoint, and going on from it gives the same bits. A
-# signal in the middle of a step must leave $\theta_t$, not half of $\theta_{t+1}$.
-#
-# One run is left after a third of its steps (`stop_after`, for machines with a time limit), and gets a real SIGTERM
-# amid the step after the second third. A control forgets its optimizer at the first stop.
+# signal in the middle of a step must leave $\theta_t$, not half of $\theta_{t+1}$. Below one run is
+# left after a third of its steps (`stop_after`, for machines with a time limit), and gets a real SIGTERM inside the step
+# after the second third. A control forgets its optimizer at the first stop.
 
 # %%
 method, each = METHODS["dinov2"].but(n_prototypes=64, views=Views(2, 2)), 32 / limit  # and a step in epochs
@@ -206,7 +201,6 @@ def bits(result):
 
 # %%
 def forward_then_sigterm(at):
-    """Forward passes are as ever, but after that of one step this process gets a SIGTERM."""
     right = Trainer.forward
 
     def forward(self, views, masks, step, *part, **options):
@@ -219,14 +213,15 @@ def forward_then_sigterm(at):
 
 
 third, load = steps // 3, checkpoints.load
-whole = go("whole")
+whole, cut = go("whole"), None
 go("stopped", stop_after=third)
 try:
     with forward_then_sigterm(2 * third):
         go("stopped")
-except Interrupted as cut:
-    print(f"{cut.signal} in step {2 * third + 1}; step {cut.step} is saved")
-    assert cut.step == 2 * third, "the step that the signal cut should not count, the one before it should"
+except Interrupted as error:
+    cut = error
+assert cut and cut.step == 2 * third, f"{cut}: the step that the signal cut should not count, the one before it should"
+print(f"{cut.signal} in step {2 * third + 1}; step {cut.step} is saved")
 stopped = go("stopped")
 
 # %%
@@ -255,10 +250,11 @@ for axis in (left, right):
     for i, text in ((1, " stop_after"), (2, " SIGTERM")):
         axis.axvline(i * third + 0.5, color=figures.BLACK, ls=":", lw=1)
         axis.text(i * third + 0.5, 1, text, va="bottom", ha="center", fontsize=8, transform=axis.get_xaxis_transform())
+    axis.set(xlabel="step", ylabel="loss, nats", xticks=range(0, steps + 1, max(1, third // 2)))
 right.set_yscale("symlog", linthresh=1e-6)
-left.set(xlabel="step", ylabel="loss, nats"), right.set(xlabel="step", ylabel="difference from never stopped, nats")
+right.set(ylabel="difference from never stopped, nats", ylim=(-5e-7, 1))
 fig.legend(loc="outside lower center", ncols=5)
-figures.show(fig, alt="A run stopped twice has the losses of one never stopped, exactly; a forgotten optimizer's differ.")
+figures.show(fig, alt="A run stopped twice has the losses of one never stopped; without its optimizer, others.")
 
 # %% [markdown]
 # **Reading.** Blue is zero, not small. A run that loses only its optimizer's moments goes on too, looks as healthy, and
@@ -266,10 +262,9 @@ figures.show(fig, alt="A run stopped twice has the losses of one never stopped, 
 #
 # ## 4. Two processes are one
 # The gradient of a mean over $B$ images is the mean of the gradients of its equal parts, so processes could average
-# theirs, if the loss were a sum over images. It is not: Sinkhorn's columns, KoLeo's nearest neighbors, BatchNorm's mean
-# and the number of masked patches belong to the whole batch. Each has to be had from all processes, and differentiated
-# through (notebook 22, section 4). With that, and randomness by place in the batch, $W$ processes compute the step of
-# one, and only the order of additions differs: in float32, some $2^{-23}$ of the loss.
+# theirs, if the loss were a sum over images. It is not: Sinkhorn's columns, KoLeo's neighbors, BatchNorm's mean and the
+# number of masked patches are the whole batch's, to be had from all processes and differentiated through (notebook 22,
+# section 4). With that only the order of additions differs: in float32, by some $2^{-23}$ of the loss.
 
 # %%
 short = run.but(epochs=shared_steps * each)
@@ -298,8 +293,8 @@ left.set(xlabel="step", ylabel="loss, nats", title="Loss"), left.legend()
 figures.show(fig, alt="Losses on several processes and on one differ by rounding, those of another seed by far more.")
 
 # %% [markdown]
-# **Reading.** Rounding, zero included: both start from the same weights, see the same crops, and what could
-# differ is taken from the whole batch. The tests hold every method to it, on two and four processes, in float64.
+# **Reading.** Rounding, often none: same weights, same crops, and what could differ is taken from the whole batch. The
+# tests hold every method to it, on two and four processes, in float64.
 
 # %%
 course.finish()
