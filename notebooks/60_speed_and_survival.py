@@ -15,12 +15,12 @@
 # # Speed is measured beside peers, and a run that is interrupted is the same run
 #
 # **Claim.** On the same tensors, with right answers first, most of what this library computes takes less time than with
-# others; where a goal is missed the record says so, and why. Whatever stops a run, and however many processes share it,
-# is no part of the experiment: weights are the same, bit for bit after a stop, to rounding over processes.
+# others; where a goal is missed the record says so, and why. A stop is no part of the experiment, nor is the number of
+# processes: weights are the same bit for bit after a stop, losses are the same to rounding over processes.
 #
 # **Papers.** None: the claims are about the program that the other notebooks run. **Before this:** notebooks 22 and 50.
 # **Cost:** under a minute on two CPU cores. It shows what two commands measured, `python benchmarks/speed.py` and `make
-# soak` (ten to twenty minutes each), and trains for some sixty steps of its own.
+# soak` (ten to twenty minutes each), and trains for some seventy steps of its own.
 #
 # **Deviations.** Sections 3 and 4 train DINOv2's recipe, whose Sinkhorn targets, masked patches and KoLeo look at whole
 # batches; the network is tiny, K = 64, and BatchNorm in the projector, which looks at the batch too, is ours.
@@ -52,10 +52,15 @@ from prototypes_lib.train import Interrupted, Run, train
 from prototypes_lib.trainer import Trainer
 
 figures.use_style()
-Path(out).mkdir(parents=True, exist_ok=True)
-folder = tempfile.TemporaryDirectory(dir=out, prefix="60-")
+
+# %% [markdown]
+# ## 1. Beside its peers
+# Seconds are of one machine and its mood; a ratio ours / peer is less so, if both sides work on the same tensors in one
+# process and take turns, so that a drift meets both. Each has to give the right answer before it is timed. A *goal* is a
+# ratio that we want to stay below. Memory is the peak of what a call has alive beyond its inputs.
 
 
+# %%
 def read(name, command):
     """The one run of a record, told of; or which command writes it."""
     path = Path(results, name)
@@ -67,22 +72,14 @@ def read(name, command):
     return run
 
 
-# %% [markdown]
-# ## 1. Beside its peers
-# Seconds are of one machine and its mood; a ratio ours / peer is less so, if both sides work on the same tensors in one
-# process and take turns, so that a drift meets both. Each has to give the right answer before it is timed. A *goal* is a
-# ratio that we want to stay below. Memory is the peak of what a call has alive beyond its inputs.
-
-# %%
-speed = read(f"speed_{size}.json", "python benchmarks/speed.py" + " --gpu" * (size == "gpu"))
-PAIRS = [(row, peer, ratio) for row in speed["table"] for peer, ratio in row["ours / peer"].items()]
-
-
 def judged(row, peer, ratio, what):
     """The goal of a comparison, in time or memory, and what became of it."""
     goal = next((g[what] for g in row["goals"] if g["peer"] == peer and ratio[what] is not None), None)
     return goal, "no goal" if goal is None else "goal met" if ratio[what] <= goal else "short of it"
 
+
+speed = read(f"speed_{size}.json", "python benchmarks/speed.py" + " --gpu" * (size == "gpu"))
+PAIRS = [(row, peer, ratio) for row in speed["table"] for peer, ratio in row["ours / peer"].items()]
 
 # %%
 STYLE = {"goal met": (figures.GREEN, "o"), "short of it": (figures.VERMILLION, "s"), "no goal": (figures.GRAY, "D")}
@@ -186,6 +183,8 @@ assert tried and not (check and lost), f"not all survived: {', '.join(lost)}; th
 # after the second third. A control forgets its optimizer at the first stop.
 
 # %%
+Path(out).mkdir(parents=True, exist_ok=True)
+folder = tempfile.TemporaryDirectory(dir=out, prefix="60-")
 method, each = METHODS["dinov2"].but(n_prototypes=64, views=Views(2, 2)), 32 / limit  # and a step in epochs
 run = Run.small(data=data, limit=limit, batch_size=32, lr=2e-3, epochs=steps * each, warmup_epochs=each, drop_path=0.1,
                 head_batch_norm=True, monitor_steps=1, checkpoint_epochs=1e6, seed=seed, progress=False)  # fmt: skip
@@ -212,6 +211,7 @@ def forward_then_sigterm(at):
     return mock.patch.object(Trainer, "forward", forward)
 
 
+# %%
 third, load = steps // 3, checkpoints.load
 whole, cut = go("whole"), None
 go("stopped", stop_after=third)
