@@ -58,8 +58,8 @@ def images_at_once(run: Run) -> int:
 class Batches:
     """Views and masks of every step of a run, on `device`, for this process.
 
-    Images stay on the device as uint8 where they take less than 0.4 of its free memory; where not, or where they are a
-    memory map, `run.workers` threads read the next parts while the device computes.
+    Images stay on the device as uint8 where they take less than 0.4 of its free memory; where not, or on a CPU where
+    they are a memory map, `run.workers` threads read the next parts while the device computes.
 
     Args:
         images: what to train on. run: batch_size, accumulate, workers, seed, sizes. method: views and masks.
@@ -77,7 +77,8 @@ class Batches:
         self.steps = max(1, round(run.epochs * self.steps_per_epoch))
         self.crop = multicrop(method, run)
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else math.inf
-        fits = not isinstance(images.pixels, np.memmap) and images.pixels.nbytes < 0.4 * free
+        mapped = isinstance(images.pixels, np.memmap) and self.device.type == "cpu"
+        fits = not mapped and images.pixels.nbytes < 0.4 * free
         self.resident = torch.from_numpy(images.pixels).to(self.device) if fits else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._drawn: tuple[int, list[tuple[int, Crops, Looks]], Tensor | None] = (-1, [], None)
@@ -175,7 +176,7 @@ class Batches:
         try:
             return self._coming.pop(now).result()
         except Exception as error:
-            raise RuntimeError(f"data: the images of step {step} could not be read: {error}") from error
+            raise OSError(f"data: the images of step {step} could not be read: {error}") from error
 
     def _read(self, step: int, part: int) -> Tensor:
         rows = self.rows(step)[self._own(part)]

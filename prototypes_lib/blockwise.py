@@ -22,6 +22,7 @@ from torch import Tensor
 from prototypes_lib import ranks
 from prototypes_lib.precision import wide, without_autocast
 
+_NEVER = -1e30  # a score that stands for -inf where a whole tile may be so: a probability of zero, and no nan
 BLOCK = {"cpu": 2**24, "cuda": 2**27}  # numbers in a block: 64 MB, on a GPU 512 MB
 
 
@@ -62,7 +63,6 @@ class LogScores:
         step = max(1, entries // max(self.k, 1))
         return [slice(i, min(i + step, len(self))) for i in range(0, len(self), step)]
 
-    @without_autocast
     def make(self, span: slice, out: Tensor | None = None) -> Float[Tensor, "m k"]:
         """L of these rows, fresh: to be changed in place."""
         codes = self.codes[span]
@@ -71,10 +71,11 @@ class LogScores:
             block = block if self.offsets is None else block.add_(self.offsets)
         else:
             out = None if out is None else out[: len(codes)]
-            if self.offsets is None:
-                block = torch.mm(codes, self.slopes.T, out=out)
-            else:
-                block = torch.addmm(self.offsets, codes, self.slopes.T, out=out)
+            with torch.autocast(codes.device.type, enabled=False):
+                if self.offsets is None:
+                    block = torch.mm(codes, self.slopes.T, out=out)
+                else:
+                    block = torch.addmm(self.offsets, codes, self.slopes.T, out=out)
         return block if self.rows is None else block.add_(self.rows[span, None])
 
     def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "m k"]]]:
@@ -128,7 +129,8 @@ class LogScores:
         n = self.size().clamp_min(1)
         mean = ranks.total(self.codes.sum(0)) / n
         if self.slopes is not None:
-            mean = self.slopes @ mean
+            with torch.autocast(mean.device.type, enabled=False):
+                mean = self.slopes @ mean
         mean = mean if self.offsets is None else mean + self.offsets
         return mean if self.rows is None else mean + ranks.total(self.rows.sum()) / n
 
@@ -161,8 +163,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, codes, weight, toward, toward_weight, slopes, offsets, targets, block):
         wanted = any(ctx.needs_input_grad)
-        highest = None if offsets is None else offsets.max()  # cancels, and large numbers would cost digits
-        offsets = None if offsets is None else offsets - highest
+        if offsets is not None:  # the largest cancels, and large numbers would cost digits
+            offsets = (offsets - offsets.max()).clamp_min(_NEVER)
         sums = _Sums(slopes, offsets, wanted)
         loss = codes.new_zeros((), dtype=torch.float64)
         d_codes, d_toward = torch.zeros_like(codes), torch.zeros_like(toward)
@@ -230,12 +232,12 @@ class _Sums:
 
     def _softmax(self, scores: LogScores, span: slice, memory: Tensor) -> _Softmax:
         if scores.slopes is None:
-            memory.copy_(scores.make(span).unflatten(1, (self.n, -1)).transpose(0, 1))
+            memory.copy_(scores.make(span).clamp_min_(_NEVER).unflatten(1, (self.n, -1)).transpose(0, 1))
         else:
             codes = scores.codes[span].expand(self.n, -1, -1)
             torch.bmm(codes, scores.slopes.unflatten(0, (self.n, -1)).mT, out=memory)
             if scores.offsets is not None:
-                memory += scores.offsets.view(self.n, 1, -1)
+                memory += scores.offsets.clamp_min(_NEVER).view(self.n, 1, -1)
         log_sums = _softmax_(memory)
         log_sum = torch.logsumexp(log_sums, dim=0)
         return _Softmax(memory, (log_sums - log_sum).exp(), log_sum)

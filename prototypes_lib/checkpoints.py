@@ -36,10 +36,12 @@ def save(
     state: Mapping[str, Any],
     keep: int = 2,
     config: Mapping[str, Any] | None = None,
+    prune: bool = True,
 ) -> Path:
     """Write checkpoint `state["step"]` of a run folder, then drop all that are older than the newest `keep` good ones.
 
     state: what JSON can hold; "step" and "hash" (the run's) tell later whose it is. config: the run's config.json.
+    prune: False leaves all older ones, which are then not read through to see which are good (in a hurry).
 
     Raises OSError, one line, where it cannot be written; the older ones are then as they were.
     """
@@ -55,7 +57,7 @@ def save(
         label=_label(state),
     )
     good = 1  # the new one was read back
-    for step in reversed([step for step in steps(folder) if step != state["step"]]):
+    for step in reversed([step for step in steps(folder) if step != state["step"]]) if prune else ():
         if good >= keep and step < state["step"]:
             storage.remove(_place(folder, step))
         elif damage(folder, step, state.get("hash")) is None:
@@ -170,11 +172,11 @@ def _is_of_0_1_0(place: Path) -> bool:
 
 def _check_same(name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     if differ := sorted(found.keys() ^ wanted.keys()):
-        raise RuntimeError(f"{name} and the network differ in {len(differ)} tensors, {differ[0]} for one: another run?")
+        raise ValueError(f"{name} and the network differ in {len(differ)} tensors, {differ[0]} for one: another run?")
     for key, tensor in wanted.items():
         if (found[key].shape, found[key].dtype) != (tensor.shape, tensor.dtype):
             here, there = (f"{t.dtype} {tuple(t.shape)}" for t in (tensor, found[key]))
-            raise RuntimeError(f"{name}: {key} is {there}, the network has {here}: another run?")
+            raise ValueError(f"{name}: {key} is {there}, the network has {here}: another run?")
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ class Learner(nn.Module):
             parts["patch"] = self._patch_term(patch_codes, w_patch, t_patches, masked, seen, teacher_temp)
             loss = loss + at(method.patch.weight, progress) * parts["patch"]
 
-        def probabilities(of: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:
+        def probabilities(of: Tensor, prototypes: Tensor) -> tuple[Tensor, ...]:  # as a whole matrix, unlike the loss
             return (torch.softmax(method.score(of, prototypes, method.student_temp), dim=-1),)
 
         n_crops = n_global - first

@@ -53,8 +53,8 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def exact(*args, **kwargs):
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
+        device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
             return function(*args, **kwargs)
 
     return exact

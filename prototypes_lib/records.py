@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -55,6 +56,13 @@ class Log:
         if self.progress and (now - self._said > 10 or row["step"] == self.steps):
             self._said = now
             print(self.line(row), flush=True)
+
+    def sync(self) -> None:
+        """Flush the metrics to the disk: a checkpoint must not outlive the rows before it."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def line(self, row: dict[str, float]) -> str:
         """A row as a person reads it: loss against ln K, teacher entropy, M, speed, time left."""

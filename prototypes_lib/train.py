@@ -33,7 +33,7 @@ from prototypes_lib.methods import METHODS, Method, describe
 from prototypes_lib.optimizers import make_optimizer
 from prototypes_lib.records import Log, environment
 from prototypes_lib.settings import MACHINE, Run
-from prototypes_lib.trainer import Diverged, OutOfMemory, Trainer
+from prototypes_lib.trainer import Diverged, OutOfMemory, Trainer, named_memory
 
 __all__ = [
     "Diverged",
@@ -104,8 +104,9 @@ def train(
     """Pre-train and return the finished run; one that is already finished, with the same config hash, is only read.
 
     The folder `out/name-hash/` gets config.json, metrics.jsonl and .csv, checkpoints, and, at the end, result.json.
-    An interrupted run goes on from its newest checkpoint that verifies, bit for bit on the same machine. Under torchrun
-    every process calls this and rank 0 writes; the folder must be one that all of them see.
+    An interrupted run goes on from its newest checkpoint that verifies, bit for bit on the same CPU, and on a GPU as
+    far as torch's kernels are deterministic there. Under torchrun every process calls this and rank 0 writes; the
+    folder must be one that all of them see.
 
     Args:
         method: a key of METHODS or a Method. run: settings. name: label of the folder; the method's key by default.
@@ -124,7 +125,8 @@ def train(
         name, method = name or method, METHODS[method]
     if ranks > 1:
         try:
-            return distributed.spawn(_train_rank, (method, run, name, stop_after), ranks)
+            with Signals():  # passed on to all ranks, of which the first tells what is saved
+                return distributed.spawn(_train_rank, (method, run, name, stop_after), ranks)
         except RuntimeError as error:  # with the failed rank's own error as its cause, where it has one
             if isinstance(error.__cause__, (ValueError, FloatingPointError, MemoryError, OSError, Interrupted)):
                 raise error.__cause__ from None
@@ -132,6 +134,7 @@ def train(
     with (
         distributed.group(pick_device(run.device)) as (device, watch),
         Signals(raise_now=among.world() == 1) as signals,
+        named_memory(run, device),
     ):
         return _train(method, run, name or "method", stop_after, device, watch, signals)
 
@@ -171,14 +174,15 @@ def _train(
         clock = _Clock(state["seconds"])
         last = trainer.steps if stop_after is None else min(trainer.steps, stop_after)
 
-        def save() -> None:
+        def save(hurry: bool = False) -> None:
             trainer.check_weights()
             state = {"step": trainer.done, "hash": what["hash"], "precision": trainer.precision, "bad": trainer.bad}
             state |= {"skipped": trainer.skipped, "seconds": clock.seconds()}
             whole = sharding.to_save(learner, optimizer)
             with watch.busy():
                 if first:
-                    checkpoints.save(folder, *whole, state, config=what)
+                    log.sync()
+                    checkpoints.save(folder, *whole, state, config=what, prune=not hurry)
 
         try:
             _loop(trainer, log, clock, last, save, watch, signals)
@@ -201,15 +205,15 @@ def _train(
 
 
 def _loop(
-    trainer: Trainer, log: Log, clock: "_Clock", last: int, save: Callable[[], None], watch: Watch, signals: Signals
+    trainer: Trainer, log: Log, clock: "_Clock", last: int, save: Callable[..., None], watch: Watch, signals: Signals
 ) -> None:
     """Steps until `last`, with checkpoints; a signal ends them with the last finished step saved."""
     every = max(1, round(trainer.run.checkpoint_epochs * trainer.steps_per_epoch))
     saved = trainer.done
 
-    def keep() -> None:
+    def keep(hurry: bool = False) -> None:
         nonlocal saved
-        save()
+        save(hurry)
         saved = trainer.done
 
     def write(metrics: dict[str, float] | None) -> None:
@@ -217,6 +221,8 @@ def _loop(
             log.write(metrics | {"data_wait": clock.share(trainer.batches.waited()), "seconds": clock.seconds()})
 
     try:
+        if distributed.agree(signals.asked is not None):  # noted while images were read and the first step rehearsed
+            raise Interrupted(signals.asked or "a signal to another rank")
         for step in range(trainer.done, last):
             stop = trainer.step(step, write, signals)
             watch.alive(trainer.done)
@@ -229,7 +235,7 @@ def _loop(
         with signals.whole(last=True):
             trainer.undo()
             if trainer.done > saved:
-                keep()
+                keep(hurry=True)
             distributed.barrier()  # who leaves first would look like the one that failed
         stopped.step, stopped.folder = trainer.done, trainer.folder
         raise

@@ -26,8 +26,6 @@ from prototypes_lib.learner import Learner, Step
 from prototypes_lib.optimizers import clip_gradients
 from prototypes_lib.settings import Run
 
-_ELSE = ("a gradient, center or queue",)  # where loss and parts are finite
-
 
 class Diverged(FloatingPointError):
     """No finite loss for `run.bad_steps` steps in a row, from `step` on; `folder` holds the run until then."""
@@ -100,7 +98,7 @@ class Trainer:
             step: which. write: takes its metrics, None where it is not monitored or was skipped.
             signals: to be asked whether this rank is to stop, and not to cut off what follows the gradients.
 
-        Returns: whether any rank is to stop. Raises: Diverged, OutOfMemory.
+        Returns: whether any rank is to stop. Raises: Diverged.
         """
         run = self.run
         look = not (step + 1) % run.monitor_steps or step + 1 == self.steps
@@ -108,17 +106,15 @@ class Trainer:
         self._remember()
         self.optimizer.zero_grad()
         outs = []
-        with _named_memory(run, self.device):
-            for part in range(run.accumulate):
-                views, masks = self.batches.batch(step, part)
-                with distributed.part(self.model, last=part + 1 == run.accumulate):
-                    out = self.forward(views, masks, step, part, meters=look)
-                    (out.loss / run.accumulate).backward()
-                outs.append(Step(out.loss.detach(), out.parts, out.meters))
+        for part in range(run.accumulate):
+            views, masks = self.batches.batch(step, part)
+            with distributed.part(self.model, last=part + 1 == run.accumulate):
+                out = self.forward(views, masks, step, part, meters=look)
+                (out.loss / run.accumulate).backward()
+            outs.append(Step(out.loss.detach(), out.parts, out.meters))
         bad, stop = self._agree(outs, signals is not None and signals.asked is not None)
         with signals.whole() if signals else contextlib.nullcontext():
             if bad:
-                self.undo()
                 self._skip(step, outs)
             else:
                 self._move(step)
@@ -175,7 +171,7 @@ class Trainer:
         self._before = [(tensor.detach(), tensor.detach().clone()) for tensor in written]
 
     def _agree(self, outs: list[Step], asked: bool) -> tuple[bool, bool]:
-        """Whether a loss, gradient or memory is not finite, and whether to stop, on any rank: a step's one wait."""
+        """Whether a loss, gradient or memory is not finite, and whether to stop, on any rank: the GPU is waited for."""
         finite = torch.stack([out.loss for out in outs]).isfinite().all()
         gradients = [p.grad for p in self.learner.student.parameters() if p.grad is not None]
         memories = [b for b in self.learner.buffers() if b.is_floating_point()]  # an infinite center hides from losses
@@ -186,22 +182,31 @@ class Trainer:
         return bad, stop
 
     def _skip(self, step: int, outs: list[Step]) -> None:
-        """Write down a step without a finite loss, so that it can be made again; stop where they follow each other."""
+        """Take a step back and write down what was not finite and where; stop where such steps follow each other."""
+        names = distributed.from_all(self._not_finite(outs))
+        self.undo()
         self.bad, self.skipped = self.bad + 1, self.skipped + 1
-        parts = [{k: v.item() for k, v in (out.parts | {"loss": out.loss}).items()} for out in outs]
-        names = tuple(dict.fromkeys(k for part in parts for k, v in part.items() if not math.isfinite(v)))
-        if ranks.rank() == 0 or names:
+        names = [f"rank {r}: {name}" * (len(names) > 1) or name for r, found in enumerate(names) for name in found]
+        if ranks.rank() == 0:
             record = {
-                "step": step + 1, "seed": self.run.seed, "rank": ranks.rank(), "not finite": names or _ELSE,
-                "parts": [{k: v if math.isfinite(v) else str(v) for k, v in part.items()} for part in parts],
+                "step": step + 1, "seed": self.run.seed, "not finite": names,
                 "images": self.batches.rows(step).tolist(),
-                "again": f"Trainer.batches.batch({step}) makes this batch's views and masks again",
+                "again": f"go on from the checkpoint before it up to Trainer.step({step}); its views and masks are "
+                f"Trainer.batches.batch({step}, part) on each rank, whatever has come before",
             }  # fmt: skip
-            rank = f"-rank{ranks.rank()}" * (ranks.rank() > 0)
             (self.folder / "skipped").mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "skipped" / f"step-{step + 1:08d}{rank}.json", json.dumps(record, indent=1))
+            write_text(self.folder / "skipped" / f"step-{step + 1:08d}.json", json.dumps(record, indent=1))
         if self.bad >= self.run.bad_steps:
-            raise Diverged(step + 2 - self.bad, self.folder, names or _ELSE)
+            raise Diverged(step + 2 - self.bad, self.folder, tuple(names))
+
+    def _not_finite(self, outs: list[Step]) -> list[str]:
+        """Names of this rank's losses, gradients and memories that are not finite, the first few of each."""
+        finite = lambda x: bool(sharding.whole(x.detach()).isfinite().all())
+        losses = {name: value for out in outs for name, value in ({"loss": out.loss} | out.parts).items()}
+        gradients = {n: p.grad for n, p in self.learner.student.named_parameters() if p.grad is not None}
+        found = [name for name, value in losses.items() if not finite(value)]
+        found += [f"gradient of {name}" for name, value in gradients.items() if not finite(value)][:5]
+        return found + [name for name, value in self.learner.named_buffers() if not finite(value)][:5]
 
     def check_weights(self) -> None:
         """Raise Diverged where a weight is not finite; asked before anything is saved."""
@@ -224,13 +229,12 @@ class Trainer:
 
     def _rehearse(self) -> str:
         """A step on the first batch that leaves no trace: what cannot work fails now; "auto" times both precisions."""
-        with _named_memory(self.run, self.device):
-            views, masks = self.batches.batch(0)
-            auto = self.run.precision == "auto"
-            tries = {p: 3 for p in ("fp32", "bf16")} if auto else {self.run.precision: 1}
-            self._remember()
-            seconds = {p: min(self._time(views, masks, p) for _ in range(n)) for p, n in tries.items()}
-            self.undo()
+        views, masks = self.batches.batch(0)
+        auto = self.run.precision == "auto"
+        tries = {p: 3 for p in ("fp32", "bf16")} if auto else {self.run.precision: 1}
+        self._remember()
+        seconds = {p: min(self._time(views, masks, p) for _ in range(n)) for p, n in tries.items()}
+        self.undo()
         if not auto:
             return self.run.precision
         return distributed.from_first("bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32")
@@ -246,16 +250,15 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _named_memory(run: Run, device: torch.device) -> Iterator[None]:
+def named_memory(run: Run, device: torch.device) -> Iterator[None]:
     """Turn torch's out-of-memory errors into one line with the settings that help."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        short = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not short:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not any(word in str(error) for word in ("out of memory", "allocate memory", "ALLOC_FAILED")):
             raise
         images = run.batch_size // (run.accumulate * ranks.world())
         raise OutOfMemory(
-            f"out of memory on {device} with {images} images at a time; take accumulate={2 * run.accumulate} (the same "
+            f"out of memory on {device} with {images} images at a time; take accumulate={2 * run.accumulate} (the "
             "batch in smaller parts), recompute=True, fewer local crops or a smaller batch_size"
         ) from error

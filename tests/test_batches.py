@@ -165,7 +165,7 @@ def test_an_error_of_a_thread_comes_out_at_its_step_and_the_rest_goes_on(tmp_pat
     with made(run(workers=2), images(tmp_path)) as batches_:
         batches_.batch(0)
         batches_.batch(1)
-        with pytest.raises(RuntimeError, match=r"images of step 2 could not be read: Input/output error"):
+        with pytest.raises(OSError, match=r"images of step 2 could not be read: Input/output error"):
             batches_.batch(2)
         batches_.batch(3)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prototypes_lib import scores
 from prototypes_lib.assignment import Center, Chain, Normalize, ProbabilityCenter, Sinkhorn
@@ -169,3 +170,45 @@ class TestAffine:
             scores.affine(lambda y, w, tau: (y @ w.T / tau).tanh(), normal(6, 4), 0.1)
         with pytest.raises(ValueError, match="positive"):
             scores.affine(scores.dot, normal(6, 4), 0.0)
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_autocast_changes_nothing_here(kind):
+    """Assignments are float32 whatever the network computes in, over several blocks too."""
+    w, y, student = normal(40, 8).float(), codes(6, 8).float(), codes(3, 3, 8, seed=1).float()
+    found = []
+    for low in (False, True):
+        chain = Chain(LINKS[kind], 40)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            a = scores.affine(scores.vmf, w, 0.1)
+            targets = chain.shift(LogScores(a.scale * y, a.slopes, a.offsets, block=90), 0.1, a.offsets)
+            loss = cross_entropy_of_views(a.scale * student, a.slopes, a.offsets, [targets])
+            found.append([loss, targets.matrix(), *entropies([targets]), *(b for b in chain.buffers())])
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(*found, strict=True))
+
+
+def test_blocks_on_a_gpu_are_float32_under_its_autocast():
+    with FakeTensorMode():
+        y, w = torch.empty(64, 16, device="cuda"), torch.empty(100, 16, device="cuda")
+        before = torch.is_autocast_enabled("cuda")
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert (y @ w.T).dtype != torch.float32, "autocast is on"
+            assert all(block.dtype == torch.float32 for _, block in LogScores(y, w, block=1000).blocks())
+            assert LogScores(y, w).means().dtype == torch.float32
+        finally:
+            torch.set_autocast_enabled("cuda", before)
+
+
+@pytest.mark.parametrize("k", [12, 8192])
+def test_prototypes_that_nobody_can_reach_take_no_part(k):
+    """Offsets of -inf, of a whole tile or of some prototypes, for targets and predictions alike."""
+    student, slopes, offsets = codes(3, 2, 6).requires_grad_(), normal(k, 6), normal(k)
+    offsets[: k // 4] = -torch.inf
+    targets = LogScores(4 * codes(4, 6, seed=3), normal(k, 6, seed=4), offsets)
+    loss = cross_entropy_of_views(student, slopes, offsets, [targets])
+    reached = offsets.isfinite()
+    q = torch.softmax(targets.matrix()[:, reached], -1).unflatten(0, (2, 2))
+    dense = over_views(dense_cross_entropy, q, [(y @ slopes.T + offsets)[:, reached] for y in student])
+    assert torch.allclose(loss, dense, rtol=1e-10)
+    assert torch.allclose(*(torch.autograd.grad(x, student)[0] for x in (loss, dense)), atol=1e-12)

@@ -30,7 +30,7 @@ from prototypes_lib import ranks
 from prototypes_lib.distributed.watch import STATUS, Watch
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-JOIN_S, COLLECTIVE_S = 300.0, 3600.0  # the watch ends a group long before a collective gives up
+JOIN_S, COLLECTIVE_S = 300.0, 86400.0  # the watch ends a group long before a collective gives up
 LAST_WORDS_S = 10.0  # for the others to end by themselves when one process has
 
 
@@ -48,7 +48,7 @@ def group(device: torch.device, *, patience: float = 20.0, beat: float = 1.0) ->
 
     Raises:
         ValueError: half of the environment, or numbers or GPUs that do not fit.
-        RuntimeError: the others did not come.
+        ConnectionError: the others did not come.
     """
     place = _place()
     if place is None or dist.is_initialized():
@@ -115,7 +115,7 @@ def _meet(rank: int, world: int, patience: float, beat: float) -> tuple[dist.Sto
         watch = Watch(apart, rank, world, f"the launcher at {address}:{port}" if launcher else None, patience, beat)
         watch.start()
     except RuntimeError as error:
-        raise RuntimeError(
+        raise ConnectionError(
             f"rank {rank}: not all of {world} processes have met at {address}:{port}: {str(error).splitlines()[0]}"
         ) from error
     return store, watch
@@ -148,6 +148,15 @@ def part(model: nn.Module, last: bool) -> Iterator[None]:
     """Forward and backward of one part of an accumulated batch: ranks meet in the last (sharded, in each)."""
     with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
         yield
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every rank's value (small and picklable), in their order; all ranks ask."""
+    if ranks.world() == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def agree(flag: bool) -> bool:
@@ -193,6 +202,10 @@ def spawn(function: Callable[..., Any], args: tuple = (), n: int = 2) -> Any:
             _wait(processes)
         except KeyboardInterrupt:
             _end(processes, 3 * LAST_WORDS_S)
+            with contextlib.suppress(OSError, pickle.PickleError):
+                said = pickle.loads((Path(folder) / "0.error").read_bytes())
+                if isinstance(said, KeyboardInterrupt):  # what rank 0 has saved
+                    raise said from None
             raise
         finally:
             _end(processes, 0.0)
