@@ -134,7 +134,7 @@ def load(
     Everything is checked before anything is changed: after an error model and optimizer are what they were.
 
     Raises FileNotFoundError without that checkpoint, ValueError for a damaged one or another run's (expect_hash),
-    RuntimeError where names, shapes or types differ.
+    for names, shapes or types that differ.
     """
     place = _place(Path(folder), step)
     if not place.is_dir():
@@ -207,14 +207,14 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _optimizer_entries(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], place: Path
 ) -> dict[int, dict[str, Tensor]]:
-    """An optimizer's state by parameter. Raises RuntimeError where it is of other parameters."""
+    """An optimizer's state by parameter. Raises ValueError where it is of other parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition("/")
         shape = parameters[int(index)].shape if index.isdecimal() and int(index) < len(parameters) else None
         if shape is None or (tensor.dim() and tensor.shape != shape):
-            raise RuntimeError(f"{place.name}/optimizer.safetensors: {name} fits no parameter here: another run?")
+            raise ValueError(f"{place.name}/optimizer.safetensors: {name} fits no parameter here: another run?")
         entries.setdefault(int(index), {})[key] = tensor.clone()  # out of the file, which may be deleted
     return entries
 

@@ -43,9 +43,7 @@ class Run:
     head_batch_norm: bool = False  # batch normalization in the projector
     epochs: float = 100.0  # passes over the data
     batch_size: int = 256  # images a step, over all processes
-    # parts that a batch is cut into, one after the other, where memory is short: centers and queue move with each part,
-    # and what looks at a batch (Sinkhorn, KoLeo, coding rate, BatchNorm) sees a part
-    accumulate: int = 1
+    accumulate: int = 1  # parts of a batch, one after the other; centers move with each, Sinkhorn and KoLeo see one
     optimizer: str = "adamw"  # adamw; lars (DINO's ResNet-50); larc (SwAV: biases and norms adapted and decayed too)
     lr: float = 5e-4  # learning rate at its peak, for lr_batch_size images a step, as the official code
     lr_scaling: str = "linear"  # growth of the peak with batch_size / lr_batch_size: linear, sqrt or none

@@ -142,6 +142,7 @@ def stall(folder: Path, timing: dict, within: float) -> None:
             assert ("while True" in said or "pass" in said) == (rank == 1)  # where it hangs
 
 
+@pytest.mark.slow
 def test_a_rank_that_loops_forever_ends_all_and_shows_where(tmp_path):
     stall(tmp_path, QUICK, within=6.0)
 
@@ -167,6 +168,7 @@ def test_a_rank_that_leaves_too_early_is_named(tmp_path):
     assert f"rank 1 (pid {processes.all[1].pid}, host {HOST}) has left before the others were done" in found[0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["slow start", "busy"])
 def test_a_long_first_step_and_long_writing_are_no_stall(trouble, tmp_path):
     with Processes(2, tmp_path, steps, {"patience": 1.0, "beat": 0.1}, trouble, 1.6) as processes:
@@ -183,6 +185,7 @@ def quit_apart(rank, folder):
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_ranks_that_end_at_different_times_are_not_missed(tmp_path):
     with Processes(2, tmp_path, quit_apart) as processes:
         assert processes.end(0, 1, within=60.0) == {0: (0, ""), 1: (0, "")}

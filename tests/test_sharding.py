@@ -13,6 +13,8 @@ from prototypes_lib.learner import Learner, Network
 from prototypes_lib.optimizers import clip_gradients, make_optimizer
 from prototypes_lib.settings import Run
 
+pytestmark = pytest.mark.slow  # a second each
+
 N = 8
 
 

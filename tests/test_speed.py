@@ -17,6 +17,7 @@ def row(ours=lambda: 1, peer=lambda: 1, check=lambda answers: None, **more):
     return Row("a row", "Says nothing.", {}, ours, {"peer": peer}, check, **more)
 
 
+@pytest.mark.slow
 def test_sides_take_turns_forwards_and_backwards():
     calls = []
     measured = measure(
@@ -71,6 +72,7 @@ def test_memory_is_what_was_alive_at_once():
     assert 2 * 10**6 <= peak_bytes(lambda: torch.autograd.grad((y * y.detach()).exp().sum(), y)) <= 4 * 10**6
 
 
+@pytest.mark.slow
 def test_memory_of_processes_is_asked_for_each_side():
     found = measure(row(memory="process"), repeats=2, least=0.0, rss={OURS: 30, "peer": 60}.__getitem__)
     assert found.ratios["peer"].memory == 0.5
@@ -91,6 +93,7 @@ def test_all_sides_of_a_small_row_answer_alike(key):
     small.check({name: function() for name, function in small.all.items()})
 
 
+@pytest.mark.slow
 def test_rows_of_an_earlier_record_stay(tmp_path, monkeypatch):
     keys = list(speed.ROWS)[:2]
     monkeypatch.setattr(timing, "product_speed", lambda device: 1e9)
