@@ -60,9 +60,11 @@ class Log:
     def sync(self) -> None:
         """Flush the metrics to the disk: a checkpoint must not outlive the rows before it."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
-            with path.open("rb") as file:
+        try:
+            with path.open("ab") as file:
                 os.fsync(file.fileno())
+        except OSError as error:
+            raise clear_error(path, error) from error
 
     def line(self, row: dict[str, float]) -> str:
         """A row as a person reads it: loss against ln K, teacher entropy, M, speed, time left."""
