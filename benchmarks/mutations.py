@@ -87,6 +87,8 @@ def _pytest(folder: str, tests: list[str], answer: Connection) -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the plugins for notebooks take longer than most tests
     os.chdir(folder)
     sys.path.insert(0, folder)
+    for name in [name for name in sys.modules if name.split(".")[0] == "prototypes_lib"]:
+        del sys.modules[name]  # loaded ahead where a whole suite shares one fork server: the copy's is wanted
     import pytest
 
     first = _First()

@@ -58,3 +58,32 @@ def test_a_step_clips_gradients_and_gives_every_group_its_share_of_rate_and_deca
     for group in groups:
         assert group["lr"] == made.lr[2] * group["lr_factor"]
         assert group["weight_decay"] == made.weight_decay[2] * group["decays"]
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
+    """Where nothing looks at the batch: no centers, no BatchNorm."""
+    found = []
+    for parts in (1, 2, 4):
+        made = trainer(run(tmp_path, accumulate=parts, drop_path=0.0, clip_grad=0.0), method("dino").but(targets=()))
+        made.step(0)
+        found.append([p.grad.clone() for p in made.learner.student.parameters() if p.grad is not None])
+    for other in found[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(found[0], other, strict=True))
+
+
+def test_stochastic_depth_is_drawn_for_each_step_and_only_for_it(tmp_path):
+    made = trainer(run(tmp_path, drop_path=0.5), method("dino").but(targets=()))
+    views, masks = made.batches.batch(0)
+    first, again, other = (made.forward(views, masks, step).loss.item() for step in (0, 0, 1))
+    assert first == again != other
+
+
+def test_a_step_without_a_finite_loss_leaves_everything_as_it_was(tmp_path):
+    made = trainer(run(tmp_path, lr=0.1, warmup_epochs=0.0))
+    before = copy.deepcopy(made.learner.state_dict())
+    views, masks = made.batches.batch(0)
+    made.batches.batch = lambda step, part=0: ([view * float("nan") for view in views], masks)
+    made.step(0)
+    assert (made.done, made.bad, made.skipped) == (1, 1, 1) and (tmp_path / "skipped" / "step-00000001.json").is_file()
+    after = made.learner.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)

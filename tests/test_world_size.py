@@ -112,7 +112,7 @@ def same_as_one_process(name: str, world: int, names: tuple[str, ...]) -> None:
         assert largest_difference(state, others_state) <= 1e-10
 
 
-FEW = ("ibot-vmf", "dinov2", "swav", "pmsn")
+FEW = ("ibot", "ibot-vmf", "dinov2", "swav", "pmsn")  # each way of making targets, without and with a memory
 
 
 @pytest.mark.parametrize("name", FEW)
