@@ -50,7 +50,9 @@ def _acquire(folder: Path) -> int:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # removed by its last holder between these two lines
+        except (FileNotFoundError, FileExistsError) as error:  # removed by its last holder between these two lines
+            if folder.exists() and not folder.is_dir():
+                raise OSError(error.errno, f"{folder} is no folder; move it or choose another out") from error
             continue
         except OSError as error:
             text = f"{folder} cannot be written: {error.strerror}; allow writing there or choose another out"

@@ -3,6 +3,8 @@
 import degenerate
 import pytest
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 LIGHT = (
     "a batch of one",
     "crops of one patch",

@@ -14,6 +14,8 @@ from prototypes_lib import checkpoints
 from prototypes_lib import train as training
 from prototypes_lib.interrupts import Interrupted
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 
 @pytest.mark.parametrize(
     "case",

@@ -5,6 +5,8 @@ import itertools
 import pytest
 from kills import doubles, kills, lost_ranks
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 
 def test_killed_processes_lose_nothing_that_was_saved(tmp_path):
     found = list(kills(4, seed=3, folder=tmp_path))

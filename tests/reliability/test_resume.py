@@ -11,6 +11,8 @@ from prototypes_lib import checkpoints
 from prototypes_lib import train as training
 from prototypes_lib.methods import METHODS
 
+pytestmark = pytest.mark.slow  # together more than a few seconds
+
 CELLS = (  # a few of the matrix, which `make soak` runs as a whole
     ("swav", "bf16", "mid-accumulation", 0),
     ("dinov2", "fp32", "mid-epoch", 2),
