@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import tarfile
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -585,6 +586,27 @@ def test_subset_takes_indices_masks_slices_and_nothing(tmp_path):
     assert images.subset([]).fingerprint() != images.fingerprint()
 
 
+def test_images_of_a_folder_know_their_files_and_arrays_have_none(tmp_path):
+    for part in ("train", "val"):
+        make_folder(tmp_path / "set" / part, each=3)
+    (tmp_path / "set" / "train" / "ant" / "1.png").write_bytes(b"broken")
+    images = load(tmp_path / "set")
+    assert images.files == tuple(f"train/{x}.png" for x in ("ant/0", "ant/2", "bee/0", "bee/1", "bee/2"))
+    assert load(tmp_path / "set", "test").files[0] == "val/ant/0.png"
+    for indices in ([4, 0], images.labels == 0, slice(1, 3), [], np.array([-1])):
+        part = images.subset(indices)
+        rows = [png_pixel(tmp_path / "set" / name) for name in part.files]
+        assert rows == part.pixels[:, 0, 0].tolist() and len(part.files) == len(part)
+    assert replace(images, files=()).fingerprint() == images.fingerprint()
+    assert data.load("cifar10-5k", "test", limit=3, progress=False).subset([1]).files == ()
+    with pytest.raises(ValueError, match=r"one an image \(5\), not 4"):
+        replace(images, files=images.files[1:])
+
+
+def png_pixel(path: Path) -> list[int]:
+    return decode(path)[0, 0].tolist()
+
+
 def test_images_refuse_other_types_shapes_and_labels():
     good = {"pixels": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, 1]), "classes": ("a", "b"), "name": "x"}
     assert len(data.Images(**good)) == 2
@@ -899,6 +921,61 @@ def test_inaturalist_uses_the_competitions_lists_and_not_all_images(tmp_path, mo
         (tmp_path / "train2018.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             data.load("inaturalist-2018", "train", root=tmp_path)
+
+
+def fake_tiny_imagenet(monkeypatch, site: Path, extra: str = "") -> None:
+    """An archive like the official one with 2 classes, and the checksum of that."""
+    files = {"wnids.txt": b"n02\nn01\n", "test/images/test_0.JPEG": png()}
+    for label, wnid in enumerate(("n01", "n02")):
+        for i in range(3):
+            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = png((100 * label, 10 * i, 0))
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = b"n01_0.JPEG\t0\t0\t7\t7\n"
+    for i in range(2):
+        files[f"val/images/val_{i}.JPEG"] = png((200 + i, 0, 0))
+    files["val/val_annotations.txt"] = b"val_0.JPEG\tn02\t0\t0\t7\t7\nval_1.JPEG\tn01\t0\t0\t7\t7\n"
+    site.mkdir()
+    with zipfile.ZipFile(site / "tiny-imagenet-200.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"tiny-imagenet-200/{name}", content)
+        if extra:
+            archive.writestr(extra, b"out")
+    url, checksum = "http://example.org/tiny-imagenet-200.zip", md5((site / "tiny-imagenet-200.zip").read_bytes())
+    monkeypatch.setattr(sources, "_TINY", (url, checksum))
+    serve(monkeypatch, site / "tiny-imagenet-200.zip")
+    counts(monkeypatch, "tiny-imagenet", train=6, test=2)
+
+
+def test_tiny_imagenet_is_fetched_checked_and_tested_on_its_annotated_val_images(tmp_path, monkeypatch):
+    fake_tiny_imagenet(monkeypatch, tmp_path / "site")
+    with pytest.raises(FileNotFoundError, match="prototypes data tiny-imagenet`"):
+        data.load("tiny-imagenet", "train", root=tmp_path)
+    told = data.fetch("tiny-imagenet", tmp_path, progress=False)
+    assert told == "tiny-imagenet train: 6 images of 2 classes\ntiny-imagenet test: 2 images of 2 classes"
+    train, test = (data.load("tiny-imagenet", split, root=tmp_path, progress=False) for split in ("train", "test"))
+    assert train.classes == test.classes == ("n01", "n02") and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert train.pixels[:, 0, 0, 0].tolist() == [0, 0, 0, 100, 100, 100]
+    assert test.labels.tolist() == [1, 0] and test.pixels[:, 0, 0, 0].tolist() == [200, 201]
+    assert test.files[0] == "tiny-imagenet-200/val/images/val_0.JPEG"
+    thin = data.load("tiny-imagenet-lt-3", "train", root=tmp_path, progress=False)
+    assert thin.labels.tolist() == [0, 0, 0, 1] and set(thin.files) < set(train.files)
+    notes = tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    for content in ("val_0.JPEG\tn03\n", "val_0.JPEG\n"):
+        notes.write_text(content)
+        with pytest.raises(ValueError, match="does not fit train/"):
+            data.load("tiny-imagenet", "test", root=tmp_path)
+    notes.unlink()
+    with pytest.raises(FileNotFoundError, match="not whole"):
+        data.load("tiny-imagenet", "test", root=tmp_path)
+
+
+def test_a_tiny_imagenet_that_leaves_its_folder_or_is_another_is_refused(tmp_path, monkeypatch):
+    fake_tiny_imagenet(monkeypatch, tmp_path / "site", extra="../escape")
+    with pytest.raises((RuntimeError, ValueError), match="leaves the folder"):
+        data.load("tiny-imagenet", "train", root=tmp_path / "deep", download=True)
+    assert not (tmp_path / "escape").exists() and not (tmp_path / "deep" / "tiny-imagenet-200").exists()
+    monkeypatch.setattr(sources, "_TINY", (sources._TINY[0], md5(b"another")))
+    with pytest.raises(RuntimeError, match="tiny-imagenet could not be fetched"):
+        data.load("tiny-imagenet", "train", root=tmp_path / "other", download=True)
 
 
 @pytest.mark.parametrize("evil", ["../escape", "/tmp/prototypes_escape", "link"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prototypes_lib.data import npm_cifar10, sources
+from prototypes_lib.data import long_tail, npm_cifar10, sources
 from prototypes_lib.data.datasets import DATASETS, Dataset, about, describe
 from prototypes_lib.data.images import decode
 from prototypes_lib.data.pixels import Skipped, decode_all, sample
@@ -37,13 +37,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Images:
-    """A set of pictures: uint8 pixels (N, H, W, 3) in memory or memory-mapped, labels (N,), -1 where unknown."""
+    """A set of pictures: uint8 pixels (N, H, W, 3) in memory or memory-mapped, labels (N,), -1 where unknown.
+
+    files: where each picture was read from, relative to the data folder; empty for data sets that are arrays.
+    """
 
     pixels: np.ndarray  # checked below and not by annotation: users build these by hand
     labels: np.ndarray
     classes: tuple[str, ...]
     name: str
     skipped: tuple[Skipped, ...] = ()
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shape = self.pixels.shape
@@ -53,6 +57,8 @@ class Images:
             raise ValueError(f"Images: labels must be int64 ({shape[0]},), not {self.labels.dtype} {self.labels.shape}")
         if len(self) and not -1 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise ValueError(f"Images: labels must lie in -1..{len(self.classes) - 1} ({len(self.classes)} classes)")
+        if len(self.files) not in (0, len(self)):
+            raise ValueError(f"Images: files must be none or one an image ({shape[0]}), not {len(self.files)}")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -62,12 +68,15 @@ class Images:
         if not isinstance(indices, slice):
             indices = np.asarray(indices)
             indices = indices if indices.size else indices.astype(np.int64)
-        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
+        files = self.files
+        if files:
+            files = files[indices] if isinstance(indices, slice) else tuple(np.array(files, object)[indices])
+        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], files=files)
 
     def fingerprint(self) -> str:
         """16 hex digits of shape, classes, all labels and the pixels of 256 evenly spaced images.
 
-        The name and the place on disk play no part, so the same images have the same fingerprint anywhere.
+        Name, files and the place on disk play no part, so the same images have the same fingerprint anywhere.
         """
         head = json.dumps([self.pixels.shape, self.classes]).encode()
         digest = hashlib.blake2b(head, digest_size=8)
@@ -95,13 +104,15 @@ def load(
     """The images of one split of a data set in DATASETS, or of a folder in ImageFolder layout.
 
     Args:
-        name_or_path: a name in DATASETS, else a folder (write "./cifar10" for a folder of that name).
+        name_or_path: a name in DATASETS, else a folder (write "./cifar10" for a folder of that name). With
+            "-lt-FACTOR" at its end ("cifar10-lt-100", "-seed3" after it for another draw) the training split becomes
+            long-tailed, n_c = n_max * FACTOR^(-c / (C - 1)), and the test split stays: see `long_tail.exponential`.
         split: "train" or "test"; stl10 also has "unlabeled". data/README.md says what each set's splits are.
         root: where named data sets lie, in torchvision's layout (default: `default_root`).
         image_size: side in pixels of the central square every image is resized to. None keeps images as they
             are, which needs images of one size (the CIFARs, Fashion-MNIST, STL-10).
         download: fetch a named data set that is not in `root`.
-        limit: at most so many images, spread evenly over the classes, always the same ones.
+        limit: at most so many images, spread evenly over the classes (also over a long tail's), always the same.
         progress: a text bar while decoding and a line at the end. Skipped files are listed (stderr) in any case.
         cache: keep the decoded array as a file in `root/decoded` and use it again; None does so only when the
             array would take more than half of the free memory.
@@ -116,13 +127,11 @@ def load(
         raise ValueError(f"data: limit must be at least 1 image, not {limit}")
     listing = _listing(name_or_path, split, folder, download)
     if limit is not None and limit < len(listing.labels):
-        keep = _spread(listing.labels, limit)
-        items = listing.items
-        items = items[keep] if isinstance(items, np.ndarray) else [items[i] for i in keep]
-        listing = replace(listing, items=items, labels=listing.labels[keep])
+        listing = listing.subset(_spread(listing.labels, limit))
 
-    known = str(name_or_path) in DATASETS
-    name = str(name_or_path) if known else Path(name_or_path).expanduser().resolve().name
+    known = _tail(name_or_path)[0] in DATASETS
+    path = Path(name_or_path).expanduser()
+    name = str(name_or_path) if known else path.resolve().name
     decoded = decode_all(
         listing.items,
         image_size,
@@ -131,7 +140,12 @@ def load(
         progress=progress,
         name=f"{_file_name(name)}-{split}",
     )
-    images = Images(decoded.pixels, listing.labels[decoded.kept], listing.classes, name, decoded.skipped)
+    labels, files = listing.labels[decoded.kept], ()
+    if not isinstance(listing.items, np.ndarray):
+        top = folder if known else Path(_tail(name_or_path)[0]).expanduser()
+        names = (str(listing.items[i]).removeprefix(f"{top}{os.sep}") for i in decoded.kept.tolist())
+        files = tuple(name.replace(os.sep, "/") for name in names)
+    images = Images(decoded.pixels, labels, listing.classes, name, decoded.skipped, files)
     if progress or images.skipped:
         print(report(images, split), file=sys.stderr if images.skipped else sys.stdout, flush=True)
     before, after = set(listing.labels.tolist()), set(images.labels.tolist())
@@ -172,8 +186,26 @@ def _near(name: str) -> str:
     return f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(DATASETS)}"
 
 
-def _listing(name_or_path: str | Path, split: str, root: Path, download: bool) -> sources.Listing:
+def _tail(name_or_path: str | Path) -> tuple[str, long_tail.LongTail | None]:
+    """A name or path without its long tail, and that; a folder that is there under the whole name has none."""
     name = str(name_or_path)
+    if name.rpartition("-lt-")[0] not in DATASETS and Path(name).expanduser().is_dir():
+        return name, None
+    tail = long_tail.parse(name)
+    return (name, None) if tail is None else (tail.base, tail)
+
+
+def _listing(name_or_path: str | Path, split: str, root: Path, download: bool) -> sources.Listing:
+    """The items of a split; of a long tail's training split those that it keeps."""
+    base, tail = _tail(name_or_path)
+    listing = _whole(base, split, root, download)
+    if tail is None or split in ("test", "val"):
+        return listing
+    return listing.subset(long_tail.exponential(listing.labels, tail.factor, tail.seed))
+
+
+def _whole(name_or_path: str, split: str, root: Path, download: bool) -> sources.Listing:
+    name = name_or_path
     if name not in DATASETS:
         path = Path(name_or_path).expanduser()
         if path.is_dir() or len(path.parts) > 1 or path.is_absolute():
@@ -211,6 +243,8 @@ def _listing(name_or_path: str | Path, split: str, root: Path, download: bool) -
 def _named(name: str, split: str, root: Path, download: bool) -> sources.Listing:
     if name == "inaturalist-2018":
         return sources.inaturalist_2018(root, split, download)
+    if name == "tiny-imagenet":
+        return sources.tiny_imagenet(root, split, download)
     packed = root / f"{npm_cifar10.PACKAGE.replace('@', '-')}.tgz"
     if name == "cifar10" and packed.is_file():
         return npm_cifar10.read(packed, split)
@@ -256,17 +290,21 @@ def fetch(name: str, root: str | Path | None = None, progress: bool = True) -> s
     Raises:
         ValueError, FileNotFoundError, RuntimeError: one line that says what is wrong and what to do.
     """
-    if name not in DATASETS:
-        raise ValueError(f"data: no data set {name!r}; {_near(name)}")
+    tail = long_tail.parse(name)
+    base = tail.base if tail else name
+    if base not in DATASETS:
+        raise ValueError(f"data: no data set {base!r}; {_near(base)}")
     folder = default_root() if root is None else Path(root).expanduser()
     if progress:
-        print(about(name), flush=True)
-    if name != "cifar10-5k":
+        print(about(base), flush=True)
+    if base != "cifar10-5k":
         folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for split, count in DATASETS[name].images.items():
+    for split in DATASETS[base].images:
+        if tail and split == "unlabeled":  # no classes, no tail
+            continue
         listing = _listing(name, split, folder, download=True)
-        lines.append(f"{name} {split}: {count:,} images of {len(listing.classes):,} classes")
+        lines.append(f"{name} {split}: {len(listing.labels):,} images of {len(listing.classes):,} classes")
     return "\n".join(lines)
 
 

@@ -80,6 +80,17 @@ _ALL = {
         "https://github.com/fastai/imagenette",
         splits="official train and val",
     ),
+    "tiny-imagenet": Dataset(
+        "200 classes of ImageNet at 64 px",
+        {"train": 100_000, "test": 10_000},
+        200,
+        "248 MB",
+        "none stated; images from ImageNet, whose terms allow non-commercial research",
+        "Le and Yang, Tiny ImageNet Visual Recognition Challenge, CS 231N, 2015",
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        splits="official train and val (the test images' labels are not public)",
+        checked="MD5 of the archive",
+    ),
     "flowers102": Dataset(
         "flowers of 102 species common in the United Kingdom",
         {"train": 2_040, "test": 6_149},
@@ -180,6 +191,7 @@ def describe() -> str:
             "",
             "Fetch one:     prototypes data NAME   (license and citation are shown first)",
             "Your own:      any folder CLASS/image.jpg, or train/ and val/ of such folders (ImageNet)",
+            "Long-tailed:   NAME-lt-FACTOR, for example cifar10-lt-100: training classes from n to n / 100 images",
         ]
     )
 

@@ -28,6 +28,10 @@ class Listing:
     labels: np.ndarray
     classes: tuple[str, ...]
 
+    def subset(self, indices: np.ndarray) -> "Listing":
+        items = self.items[indices] if isinstance(self.items, np.ndarray) else [self.items[i] for i in indices.tolist()]
+        return Listing(items, self.labels[indices], self.classes)
+
 
 # ---------------------------------------------------------------------------------------------- folders
 
@@ -198,11 +202,39 @@ def seeded_split(everything: Listing, split: str, n_train: int, n_test: int | No
         own = own[np.random.default_rng((seed, label)).permutation(len(own))]
         stop = None if n_test is None else n_train + n_test
         chosen.append(np.sort(own[:n_train] if split == "train" else own[n_train:stop]))
-    index = np.concatenate(chosen)
-    return Listing([everything.items[i] for i in index], everything.labels[index], everything.classes)
+    return everything.subset(np.concatenate(chosen))
 
 
-# ------------------------------------------------------------------------------------------ iNaturalist
+# --------------------------------------------------------------------------- Tiny-ImageNet, iNaturalist
+
+_TINY = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")  # with its MD5
+
+
+def tiny_imagenet(root: Path, split: str, download: bool) -> Listing:
+    """train/WNID/images/*.JPEG and, for "test", val/images/*.JPEG with their classes in val/val_annotations.txt.
+
+    The labels of the official test images are not public, so val is the test split, as is usual. Classes are WordNet
+    ids, sorted (wnids.txt has them in another order).
+    """
+    folder = root / "tiny-imagenet-200"
+    if not folder.is_dir():
+        if not download:
+            raise FileNotFoundError(f"{folder} not found")
+        from torchvision.datasets.utils import download_and_extract_archive
+
+        with guarded():
+            download_and_extract_archive(_TINY[0], str(root), md5=_TINY[1])
+    names = class_folders(folder / "train")
+    if split == "train":
+        return class_listing(folder / "train", names)
+    row = {name: i for i, name in enumerate(names)}
+    notes = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
+    try:
+        labels = [row[note[1]] for note in notes]
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"data: {folder / 'val' / 'val_annotations.txt'} does not fit train/ ({error!r})") from error
+    paths = [folder / "val" / "images" / Path(note[0]).name for note in notes]
+    return Listing(paths, np.array(labels, np.int64), tuple(names))
 
 
 def inaturalist_2018(root: Path, split: str, download: bool) -> Listing:
