@@ -175,6 +175,29 @@ class TransformerBackbone(Backbone):
         keep: indices, in row order, of the patches that the network gets, the same for the whole batch; the others are
             dropped once they have their positions (as MSN).
         """
+        x = self.vit.norm(self._through(self.vit.blocks, self._tokens(x, mask, keep)))
+        return x[:, 0], x[:, self.vit.num_prefix_tokens :]
+
+    def last_blocks(
+        self, x: Float[Tensor, "batch 3 height width"], n: int = 1, norm: bool = True
+    ) -> tuple[list[Float[Tensor, "batch dim"]], Float[Tensor, "batch patches dim"]]:
+        """Class tokens after each of the last n blocks, the last block's last, and the patches after the last block.
+
+        norm: all passed through the final norm, as DINO's and DINOv2's linear evaluation; without it as they are.
+
+        Raises ValueError for more blocks than there are.
+        """
+        if not 1 <= n <= self.n_layers:
+            raise ValueError(f"{self.name} has {self.n_layers} blocks; take features of 1 to {self.n_layers}, not {n}")
+        final = self.vit.norm if norm else nn.Identity()
+        x, found = self._through(self.vit.blocks[: self.n_layers - n], self._tokens(x)), []
+        for block in self.vit.blocks[self.n_layers - n :]:
+            x = self._through([block], x)
+            found.append(final(x[:, 0]))
+        return found, final(x[:, self.vit.num_prefix_tokens :])
+
+    def _tokens(self, x: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """What goes into the first block: class token, registers, and patches with their positions."""
         vit = self.vit
         x = vit.patch_embed(x)
         if mask is not None:
@@ -185,9 +208,7 @@ class TransformerBackbone(Backbone):
         prefix = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
         if not vit.no_embed_class:  # the embedding then holds positions for class token and registers too
             prefix = prefix + vit.pos_embed[:, : vit.num_prefix_tokens]
-        x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
-        x = vit.norm(self._through(vit.blocks, vit.norm_pre(vit.pos_drop(x))))
-        return x[:, 0], x[:, vit.num_prefix_tokens :]
+        return vit.norm_pre(vit.pos_drop(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)))
 
     def compile_blocks(self, **options) -> None:
         """Compile each block (options go to torch.compile), in place: names of weights stay, a copy is not compiled.
@@ -273,6 +294,18 @@ class ConvolutionalBackbone(Backbone):
         x = self._through(self._blocks, net.maxpool(net.act1(net.bn1(net.conv1(x)))))
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast the map is bfloat16
         return self.cnn.forward_head(x), x.flatten(2).mT
+
+    def last_blocks(
+        self, x: Float[Tensor, "batch 3 height width"], n: int = 1, norm: bool = True
+    ) -> tuple[list[Float[Tensor, "batch dim"]], Float[Tensor, "batch patches dim"]]:
+        """As of a transformer, for n = 1 only: the mean of the last feature map, and the map. There is no final norm.
+
+        Raises ValueError for more blocks.
+        """
+        if n != 1:
+            raise ValueError(f"{self.name} has features of its last map only: blocks=1, not {n}")
+        x, patches = self(x)
+        return [x], patches
 
 
 def _small_resnet(channels: tuple[int, ...], **options) -> ResNet:

@@ -21,9 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from prototypes_lib import official
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.files import storage
-from prototypes_lib.heads import Prototypes
+from prototypes_lib.heads import Projector, Prototypes
+from prototypes_lib.learner import Network
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _EXPORT = ("backbone.safetensors", "head.safetensors", "about.json")
@@ -273,18 +275,42 @@ def load_prototypes(path: str | Path, network: str = "teacher", of: str = "crops
 
 
 def load_backbone(path: str | Path, network: str = "teacher") -> Backbone:
-    """The backbone of a run folder or an export, in eval mode. Raises FileNotFoundError where there is neither."""
-    path = _check(path, network)
+    """The backbone of a run folder, an export, or a checkpoint file of others (`official.load`), in eval mode.
+
+    Raises FileNotFoundError where there is none of them, ValueError for a file that is damaged or none we know.
+    """
+    path = Path(path)
+    if path.is_file() and not (path.name == _EXPORT[0] and (path.parent / "about.json").is_file()):
+        return official.load(path, network)
+    path = _check(path.parent if path.is_file() else path, network)
     if (path / "backbone.safetensors").is_file():
         config, tensors = json.loads((path / "about.json").read_text()), load_file(path / "backbone.safetensors")
     else:
         config, tensors = _newest(path)
         tensors = _timms(tensors, f"{network}.backbone.") or _timms(tensors, "student.backbone.")
-    run = config["run"]
-    options = {key: value for key, value in run["backbone_options"].items() if key != "pretrained"}
-    backbone = Backbone(run["backbone"], run["image_size"], **options)
+    backbone = _built(config["run"])
     next(backbone.children()).load_state_dict(tensors)  # vit or cnn; our mask token is training's alone
     return backbone.eval()
+
+
+def load_network(path: str | Path, network: str = "teacher") -> Network:
+    """Backbone, projectors and prototypes of a run folder (no export), in eval mode. Raises FileNotFoundError."""
+    config, tensors = _newest(_check(path, network))
+    found = _strip(tensors, "student.") | _strip(tensors, f"{network}.")  # what both share is stored once
+    sizes = ("hidden", "bottleneck", "head_layers", "head_batch_norm", "head_activation")
+    parts = [_built(config["run"])]
+    for kind in ("", "patch_"):
+        own, vectors = f"{kind}projector.mlp.0.weight" in found, found.get(f"{kind}prototypes.weight_v")
+        parts.append(Projector(parts[0].dim, *(config["run"][name] for name in sizes)) if own else None)
+        parts.append(None if vectors is None else Prototypes(*vectors.shape, free_norms=True))
+    whole = Network(*parts)
+    whole.load_state_dict(found)
+    return whole.eval()
+
+
+def _built(run: Mapping[str, Any]) -> Backbone:
+    options = {key: value for key, value in run["backbone_options"].items() if key != "pretrained"}
+    return Backbone(run["backbone"], run["image_size"], **options)
 
 
 def _check(path: str | Path, network: str) -> Path:

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import multiprocessing
+import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,11 +21,36 @@ from prototypes_lib import checkpoints, evaluate
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.data import load
 from prototypes_lib.files.storage import write_text
-from prototypes_lib.methods import Method
+from prototypes_lib.methods import METHODS, Method, Queue, Views, Warmup
 from prototypes_lib.records import environment
 from prototypes_lib.train import Diverged, Run, build, pick_device, train
 
 NEIGHBORS = (10, 20, 100, 200)
+
+
+def at_budget(name: str, k: int = 512, ema: float = 0.97) -> Method:
+    """A recipe of METHODS at the sizes that comparisons on a CPU share, its words unchanged.
+
+    K prototypes, two local crops, a momentum from `ema` to 1, the first teacher temperature throughout, a queue of 512.
+    """
+    method = METHODS[name]
+    changes: dict[str, Any] = {"views": Views(**{**vars(method.views), "n_local": 2})}
+    changes |= {"n_prototypes": k} if method.n_prototypes else {}
+    changes |= {"ema": ema, "ema_end": 1.0} if method.ema is not None else {}
+    changes |= {"teacher_temp": Warmup(0.04, 0.04)} if method.teacher_temp.epochs else {}
+    changes |= {"queue": Queue(512, epoch=1.0)} if method.queue else {}
+    return method.but(**changes)
+
+
+def short_run(steps: int, data: str = "cifar10-5k", limit: int = 0, **changes) -> Run:
+    """The run of those comparisons: so many steps of 64 images through a transformer of dimension 64 (notebook 52)."""
+    per_epoch = len(load(data, "train", limit=limit or None, image_size=32, progress=False)) // 64
+    run = Run.small(
+        data=data, limit=limit or None, batch_size=64, lr=4e-3, head_batch_norm=True, bottleneck=64,
+        prototype_lr_factor=30.0, monitor_steps=25, checkpoint_epochs=1e6, progress=False,
+        epochs=steps / per_epoch, warmup_epochs=min(20, steps // 10) / per_epoch,
+    )  # fmt: skip
+    return run.but(**changes)
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,27 @@ def best(row: dict[str, Any]) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     k = max(row["knn"], key=row["knn"].__getitem__)
     return row["knn"][k], *row["knn_interval"][k]
+
+
+def by_seed(runs: Iterable[dict[str, Any]], metric: str | None = None, dataset: str | None = None) -> dict[int, float]:
+    """A metric of a method's runs by seed: of their `scores` (on any data set, or this one), or kNN at its best k.
+
+    Runs that diverged or lack the metric are left out.
+    """
+    found = {}
+    for row in runs:
+        scores = [score for score in row.get("scores", []) if dataset in (None, score["dataset"])]
+        told = {score["metric"]: score["value"] for score in scores} | {None: best(row)[0]}
+        if row.get("diverged") is None and metric in told:
+            found[row["seed"]] = told[metric]
+    return found
+
+
+def command(number: int, parameters: dict[str, Any]) -> str:
+    """What runs a notebook again with these parameters and no limit of time."""
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
+    words = " ".join(f"-p {name} {shlex.quote(value)}" for name, value in told.items())
+    return f"prototypes run --only {number} --timeout 0 --total-timeout 0 {words}"
 
 
 def said(row: dict[str, Any]) -> str:

@@ -1,16 +1,23 @@
 import dataclasses
+import functools
 import inspect
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
+from real_features import backbone
 
-from prototypes_lib import checkpoints, data
-from prototypes_lib.cli import COMMANDS, run_command
+from prototypes_lib import checkpoints, data, evaluate
+from prototypes_lib.backbones import TransformerBackbone
+from prototypes_lib.cli import COMMANDS, EVALUATE, run_command
+from prototypes_lib.cli.task import On
+from prototypes_lib.scoreboard import schema
 from prototypes_lib.settings import Run
 
 
@@ -25,6 +32,17 @@ def call(*argv):
 def test_every_command_explains_itself(command, capsys):
     assert call(command, "--help") in (0, None)
     assert "usage: prototypes " + command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", EVALUATE)
+def test_every_protocol_explains_its_own_options_and_no_others(verb, capsys):
+    assert call("evaluate", verb, "--help") in (0, None)
+    said = capsys.readouterr().out
+    assert f"usage: prototypes evaluate {verb}" in said and "MODEL" in said
+    own = {name for name in inspect.signature(EVALUATE[verb]).parameters if name != "on"}
+    shared = {field.name for field in dataclasses.fields(On)} - {"model"}
+    named = {name.replace("-", "_") for name in re.findall(r"^[│ ] --([a-z][a-z-]*)", said, re.MULTILINE)}
+    assert named == own | shared
 
 
 def test_train_evaluate_and_doctor_follow_each_other(tmp_path, capsys):
@@ -78,7 +96,13 @@ def test_a_wrong_request_is_one_line_and_status_2(argv, says, capsys, tmp_path, 
         (("foo",), r"Unrecognized options: foo; Available subcommands: run, .*data"),
         ((), r"Missing subcommand: Expected one of {run, .*data}\."),
         (("train",), r"name a METHOD or a --paper-run NAME, one of the two"),
-        (("evaluate",), r"Missing from prototypes evaluate: {knn} \(knn, [^()]*\), RUN-FOLDER \(a run [^()]*\)"),
+        (("evaluate",), r"Missing subcommand: Expected one of {knn, .*precision}\."),
+        (("evaluate", "knn"), r"Missing from prototypes evaluate knn: MODEL \(run folder, [^()]*\)"),
+        (("evaluate", "kmeans", "x"), r"Unrecognized options: kmeans, x; Available subcommands: knn, .*precision"),
+        (
+            ("evaluate", "knn", "x", "--lambd", "1"),
+            r"Unrecognized or misplaced options: --lambd .* in prototypes evaluate few-shot --help\)",
+        ),
         (("train", "dino", "--epochs", "x"), r"Error parsing --epochs: could not convert string to float: 'x'"),
         (("train", "dino", "--precision", "x"), r"precision='x': choose auto, fp32 or bf16"),
         (("doctor", "x", "--network", "y"), r"invalid choice 'y' for argument '--network'\. Expected .*'student'\)\."),
@@ -164,3 +188,207 @@ def test_an_option_of_the_backbone_reaches_it(tmp_path, capsys):
     assert call("train", "simdino", *small, *words, "--ema-end", "0") == 0
     config = json.loads((tmp_path / capsys.readouterr().out.strip().splitlines()[-1] / "config.json").read_text())
     assert config["run"]["backbone_options"] == {"reg_tokens": 2} and config["method"]["ema_end"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+LIMIT = ("--limit", "200", "--no-progress", "--device", "cpu")
+ASKED = {
+    "knn": ("--k", "5", "20", "--temperature", "0.1"),
+    "knn-explorer": (),
+    "linear": ("--frozen", "--epochs", "2", "--features", "D", "--lrs", "0.001", "0.01"),
+    "few-shot": ("--images", "1", "2", "--share", "0.1", "--seed", "3"),
+    "transfer": ("--metric", "mean_per_class", "--seed", "1"),
+    "fine-tune": ("--recipe", "cpu", "--epochs", "2"),
+    "long-tail": ("--data", "cifar10-5k-lt-10-seed1", "--groups", "thirds"),
+    "robustness": ("--corruptions", "fog", "contrast", "--severities", "2", "4"),
+    "clusters": (),
+    "precision": ("--bins", "2"),
+}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    small = (
+        "--small",
+        "--limit",
+        "64",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--hidden",
+        "16",
+    )
+    words = ("--n-prototypes", "12", "--n-local", "1", "--out", str(out), "--no-progress")
+    assert call("train", "dino-vmf", *small, *words) == 0
+    return next(path for path in out.iterdir() if (path / "config.json").is_file())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def embedded_once():
+    """The embedded images are unpacked once and not for every command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "embedded", functools.lru_cache(data.embedded))
+        yield
+
+
+@pytest.mark.parametrize("verb", ASKED)
+def test_a_record_is_whole_and_its_command_makes_it_again(verb, run_folder, tmp_path, capsys):
+    file = tmp_path / "records" / "answer.json"
+    assert call("evaluate", verb, str(run_folder), *LIMIT, *ASKED[verb], "--json", str(file)) == 0, capsys.readouterr()
+    said, first = capsys.readouterr().out, schema.read(file)
+    (run,) = first.runs
+    assert run["hash"] == json.loads((run_folder / "config.json").read_text())["hash"] and run["n_test"] == 200
+    values = [score["value"] for score in run.get("scores", [])] or list(run["knn"].values())
+    assert any(f"{values[0]:.2f}" in line for line in said.splitlines())
+    again = shlex.split(first.command)[1:]
+    assert call(*again, "--no-progress", "--device", "cpu", "--json", str(file), "--cache", str(tmp_path / "kept")) == 0
+    (other,) = schema.read(file).runs
+    assert (other["result"], other.get("scores"), other["knn"]) == (run["result"], run.get("scores"), run["knn"])
+    assert bool(list((tmp_path / "kept").glob("*.npy"))) == (verb != "fine-tune")
+
+
+def test_a_verb_says_what_the_function_finds(run_folder, capsys):
+    network = checkpoints.load_backbone(run_folder)
+    sets = [data.load("cifar10-5k", split, limit=200, progress=False) for split in ("train", "test")]
+    train, test = (evaluate.extract(network, images, size=32) for images in sets)
+    capsys.readouterr()
+    assert call("evaluate", "knn", str(run_folder), *LIMIT, "--k", "7", "--normalize", "centered") == 0
+    accuracy = evaluate.knn(train, test, 7, normalize="centered").accuracy[7]
+    assert f"k = 7    {accuracy:5.2f} %" in capsys.readouterr().out
+    assert call("evaluate", "knn-explorer", str(run_folder), *LIMIT) == 0
+    assert f"{evaluate.explore(train, test).spread:.2f} points" in capsys.readouterr().out
+
+
+def test_robustness_is_divided_by_an_earlier_answer(run_folder, tmp_path, capsys):
+    file, asked = str(tmp_path / "base.json"), ("--corruptions", "fog", "--severities", "3")
+    assert call("evaluate", "robustness", str(run_folder), *LIMIT, *asked, "--json", file) == 0
+    assert call("evaluate", "robustness", str(run_folder), *LIMIT, *asked, "--baseline", file) == 0
+    assert re.search(r"mean corruption error +100\.00 %", capsys.readouterr().out)
+    assert call("evaluate", "robustness", str(run_folder), "--corruptions", "snow", "--baseline", file) == 2
+    assert "no error of snow" in capsys.readouterr().err
+
+
+def test_a_test_set_of_some_classes_is_read_from_a_folder(run_folder, tmp_path, capsys):
+    from PIL import Image
+
+    images = data.load("cifar10-5k", "test", limit=40, progress=False)
+    for i, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True)):
+        if images.classes[label] in ("cat", "ship"):
+            folder = tmp_path / "natural" / images.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("cat\nship\n")
+    places = ("--test", str(tmp_path / "natural"), "--classes", str(tmp_path / "classes.txt"))
+    assert call("evaluate", "restricted", str(run_folder), *LIMIT, *places, "--json", str(tmp_path / "a.json")) == 0
+    assert "8 test images of 2 of 10 classes" in capsys.readouterr().out
+    (run,) = schema.read(tmp_path / "a.json").runs
+    assert run["n_test"] == 8 and run["data"] == "natural"
+    (tmp_path / "classes.txt").write_text("cat\n")
+    assert call("evaluate", "restricted", str(run_folder), *LIMIT, *places) == 2
+    assert "2 classes" in capsys.readouterr().err
+
+
+def test_a_checkpoint_file_is_a_model_where_data_are_given(tmp_path, capsys):
+    weights = {f"backbone.{name}": x for name, x in next(backbone().children()).state_dict().items()}
+    torch.save({"teacher": weights}, tmp_path / "checkpoint.pth")
+    asked = ("evaluate", "knn", str(tmp_path / "checkpoint.pth"), *LIMIT, "--size", "32", "--k", "10")
+    assert call(*asked) == 2 and "give --data" in capsys.readouterr().err
+    assert call(*asked, "--data", "cifar10-5k", "--json", str(tmp_path / "a.json")) == 0
+    sets = [data.load("cifar10-5k", split, limit=200, progress=False) for split in ("train", "test")]
+    expected = evaluate.knn(*(evaluate.extract(backbone(), images) for images in sets), 10)
+    (run,) = schema.read(tmp_path / "a.json").runs
+    assert run["knn"] == expected.accuracy and run["config"] == {"backbone": "vit_pico_patch8"}
+    asked = ("evaluate", "knn", str(tmp_path / "checkpoint.pth"), "--data", "cifar10-5k", "--network", "student")
+    assert call(*asked) == 2 and "student" in capsys.readouterr().err
+
+
+def test_a_model_of_timm_comes_with_its_weights_colors_and_size_224(monkeypatch, capsys):
+    asked, seen = {}, {}
+
+    def pretrained(name, size, **options):
+        asked.update(options, name=name, size=size)
+        return TransformerBackbone(name, size)
+
+    monkeypatch.setattr("prototypes_lib.backbones.Backbone", pretrained)
+    monkeypatch.setattr(
+        "prototypes_lib.evaluate.features.extract",
+        lambda net, images, **options: (
+            seen.update(options) or evaluate.Features(torch.randn(len(images), 4), torch.from_numpy(images.labels))
+        ),
+    )
+    model = "timm:vit_tiny_patch16_224.augreg_in21k"
+    assert call("evaluate", "knn", model, *LIMIT, "--data", "cifar10-5k", "--k", "3") == 0
+    assert asked == {"name": "vit_tiny_patch16_224.augreg_in21k", "size": 224, "pretrained": True}
+    assert seen["mean"] == seen["std"] == (0.5, 0.5, 0.5) and seen["size"] == 224
+    capsys.readouterr()
+    assert call("evaluate", "knn", "timm:vit_tiny", "--data", "cifar10-5k") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch, capsys):
+    def offline(*_, **__):
+        raise RuntimeError("no route to host\nTraceback ...")
+
+    monkeypatch.setattr("prototypes_lib.backbones.Backbone", offline)
+    assert call("evaluate", "knn", "timm:vit_tiny_patch16_224", "--data", "cifar10-5k") == 2
+    assert capsys.readouterr().err == "error: weights of vit_tiny_patch16_224 could not be fetched: no route to host\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("knn", "--k", "4001"), "k=4001 must lie between 1 and the 4000 training images"),
+        (("knn", "--temperature", "0"), "temperature=0.0 must be positive"),
+        (("knn", "--weights", "inverse"), "metric='euclidean'"),
+        (("knn", "--size", "33"), "33 px do not cut into patches of 8 px"),
+        (("knn", "--data", "no-such-set"), "no-such-set"),
+        (("knn", "--device", "tpu0"), "device"),
+        (("knn", "--seed", "-1"), "seed=-1"),
+        (("knn", "--limit", "0"), "limit=0"),
+        (("knn", "--json", "."), "is a folder; name a file"),
+        (("knn", "--json", "occupied/a.json"), "occupied is no folder"),
+        (("knn", "--cache", "occupied"), "occupied is no folder"),
+        (("linear", "--epochs", "0"), "epochs=0"),
+        (("linear", "--lrs", "-1"), "lrs"),
+        (("linear", "--holdout", "1"), "holdout=1.0"),
+        (("few-shot", "--images", "401"), "401 a class"),
+        (("few-shot", "--share", "2"), "share"),
+        (("few-shot", "--lambd", "0"), "lambd=0"),
+        (("few-shot", "--split-files", "nowhere.txt"), "nowhere.txt"),
+        (("transfer", "--folds", "1"), "folds=1"),
+        (("fine-tune", "--epochs", "10", "--warmup-epochs", "10"), "warmup_epochs=10"),
+        (("long-tail", "--c", "0"), "c=0"),
+        (("long-tail", "--data", "cifar10-5k-lt-0.5"), "0.5"),
+        (("robustness", "--corruptions", "rain"), "rain"),
+        (("robustness", "--severities", "6"), "6"),
+        (("robustness", "--baseline", "nowhere.json"), "nowhere.json"),
+        (("robustness", "--k", "0"), "k=0"),
+        (("restricted", "--test", "nowhere", "--classes", "nowhere.txt"), "nowhere"),
+        (("precision", "--bins", "0"), "bins=0"),
+    ],
+)
+def test_a_wrong_evaluation_is_one_line_before_any_work(argv, says, run_folder, tmp_path, monkeypatch, capsys):
+    def work(*_, **__):
+        raise AssertionError("features were made")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "occupied").write_text("")
+    for name in ("prototypes_lib.evaluate.features.extract", "prototypes_lib.evaluate.extract"):
+        monkeypatch.setattr(name, work)
+    verb, *options = argv
+    assert call("evaluate", verb, str(run_folder), "--no-progress", *options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and says in said
+    assert [path.name for path in tmp_path.iterdir()] == ["occupied"]
+
+
+@pytest.mark.parametrize("verb", ["clusters", "precision"])
+def test_prototypes_are_those_of_a_run_folder(verb, run_folder, tmp_path, capsys):
+    assert call("export", str(run_folder), str(tmp_path / "export")) == 0
+    assert call("evaluate", verb, str(tmp_path / "export"), *LIMIT) == 2
+    assert "is no run folder" in capsys.readouterr().err

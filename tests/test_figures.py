@@ -32,3 +32,20 @@ def test_every_method_has_a_look_of_its_own():
     assert len(set(looks)) == len(looks)
     with pytest.raises(ValueError, match="no color"):
         figures.look("byol")
+
+
+COLUMNS = {"kNN": {"dino": {0: 30.0, 1: 32.0}, "simdino": {0: 35.0}}, "linear": {"dino": {0: 40.0, 1: 40.0}}}
+
+
+def test_a_comparison_has_a_panel_a_metric_and_a_row_a_method():
+    fig = figures.compare(COLUMNS)
+    location = plt.rcParams["axes.titlelocation"]
+    assert [axis.get_title(loc=location) for axis in fig.axes] == ["kNN", "linear"]
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["dino", "simdino"]
+    figures.plt.close(fig)
+
+
+def test_its_table_has_intervals_where_there_are_seeds_and_blanks_where_there_are_none():
+    lines = figures.table(COLUMNS).splitlines()
+    assert lines[0] == "| method | kNN | linear |"
+    assert lines[2] == "| dino | 31.0 ± 12.7 | 40.0 ± 0.0 |" and lines[3] == "| simdino | 35.0 |  |"

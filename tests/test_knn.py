@@ -1,12 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from real_features import real
+from sklearn.neighbors import KNeighborsClassifier
 
 from prototypes_lib import evaluate
-from prototypes_lib.evaluate import Features
-from prototypes_lib.evaluate.knn import neighbors, wilson
+from prototypes_lib.evaluate import Features, nearest
+from prototypes_lib.evaluate.intervals import wilson
+from prototypes_lib.evaluate.knn import neighbors, predict
+from prototypes_lib.evaluate.knn_protocols import PROTOCOLS, Protocol, Vote, explore
 
 
 def _features(n, dim=6, classes=4, seed=0, noise=0.6):
@@ -98,3 +103,163 @@ def test_copies_in_the_bank_are_neighbors_each_once():
     similarity, places = neighbors(bank[:5], bank, 40)
     assert torch.allclose(similarity, torch.ones(5, 40), atol=1e-6)
     assert all(sorted(row.tolist()) == list(range(i, 200, 5)) for i, row in enumerate(places))
+
+
+def _by_hand(train, test_x, k, temperature, weights, normalize, metric):
+    """Votes in float64, a loop over everything."""
+    x, q = train.x.double(), test_x.double()
+    if normalize == "centered":
+        x, q = x - x.mean(0), q - x.mean(0)
+    if normalize:
+        x, q = F.normalize(x, dim=-1), F.normalize(q, dim=-1)
+    elected = []
+    for row in q:
+        score = x @ row if metric == "dot" else -(x - row).norm(dim=-1)
+        score, order = score.sort(descending=True)
+        votes = torch.zeros(int(train.labels.max()) + 1, dtype=torch.float64)
+        for s, label in zip((score - score[0] * (weights != "inverse"))[:k], train.labels[order][:k], strict=True):
+            power = {"exp": s / temperature, "softmax": s / temperature}.get(weights, torch.zeros(()))
+            votes[label] += 1 / (1e-5 - s) if weights == "inverse" else power.exp()
+        elected.append(int(votes.argmax()))
+    return torch.tensor(elected)
+
+
+@pytest.mark.parametrize("normalize", [True, False, "centered"])
+@pytest.mark.parametrize(
+    ("metric", "weights"),
+    [("dot", "exp"), ("dot", "softmax"), ("dot", "uniform"), ("euclidean", "inverse"), ("euclidean", "exp")],
+)
+def test_every_variant_votes_as_a_loop_does_on_real_features(normalize, metric, weights):
+    train, test = real()
+    x = test.x[:60]
+    found = predict(train, x, 15, 0.1, weights=weights, normalize=normalize, metric=metric)
+    assert torch.equal(found, _by_hand(train, x, 15, 0.1, weights, normalize, metric))
+
+
+def test_it_is_scikit_learns_classifier_on_real_features():
+    train, test = real()
+    for k in (1, 5, 40):
+        peer = KNeighborsClassifier(k).fit(train.x.numpy(), train.labels.numpy())
+        mine = predict(train, test.x, k, weights="uniform", normalize=False, metric="euclidean")
+        assert (torch.from_numpy(peer.predict(test.x.numpy())) == mine).float().mean() > 0.99  # equally near, rarely
+        peer = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp(-d / 0.07))
+        peer.fit(train.x.numpy(), train.labels.numpy())
+        assert (torch.from_numpy(peer.predict(test.x.numpy())) == predict(train, test.x, k)).float().mean() > 0.995
+
+
+def test_predictions_have_the_accuracy_and_every_k_its_own():
+    train, test = real()
+    found = evaluate.knn(train, test, (1, 20, 200))
+    for k, accuracy in found.accuracy.items():
+        assert accuracy == pytest.approx(100 * float((predict(train, test.x, k) == test.labels).double().mean()))
+        assert found.interval[k] == wilson(round(accuracy * 5), 500)
+    assert found.accuracy == evaluate.knn(train, test, (1, 20, 200), weights="softmax").accuracy  # DINOv2's
+
+
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+@pytest.mark.parametrize("normalize", [True, "centered"])
+@pytest.mark.parametrize("rows", [1, 7, 333, 999])
+def test_a_bank_in_parts_has_the_same_neighbors(rows, metric, normalize, tmp_path):
+    train, test = real()
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=tuple(train.x.shape))
+    x[:] = train.x.numpy()
+    mapped, queries = Features(torch.from_numpy(x), train.labels), test.x[:50]
+    options = {"metric": metric, "normalize": normalize}
+    held = {"held": rows * 64 * 4}
+    assert torch.equal(predict(mapped, queries, 20, **options, **held), predict(train, queries, 20, **options))
+    parts = list(nearest.search(queries, mapped.x, 20, **options, **held))
+    ((_, score, places),) = nearest.search(queries, train.x, 20, **options)
+    assert torch.allclose(torch.cat([s for _, s, _ in parts]), score, atol=1e-6)
+    assert (torch.cat([p for _, _, p in parts]) == places).float().mean() > 0.99
+
+
+def test_no_more_of_a_bank_is_held_than_said(monkeypatch):
+    train, test = real()
+    seen = []
+    monkeypatch.setattr(nearest, "directions", lambda x: seen.append(len(x)) or F.normalize(x, dim=-1))
+    predict(train, test.x, 20, held=100 * 64 * 4, block=100 * 50)
+    assert max(seen) == 100 and sum(seen) == 1000 + 10 * 500
+
+
+def test_labels_may_be_any_numbers_and_a_class_may_be_missing_or_single():
+    train, test = real()
+    far = Features(train.x, train.labels * 10**9)  # a table of votes with a column each would not fit
+    assert torch.equal(predict(far, test.x), predict(train, test.x) * 10**9)
+    without = Features(train.x[train.labels != 3], train.labels[train.labels != 3])
+    found = predict(without, test.x)
+    assert 3 not in found and evaluate.knn(without, test, 20).accuracy[20] == pytest.approx(
+        100 * float((found == test.labels).double().mean())
+    )
+    only = Features(train.x[train.labels == 3], train.labels[train.labels == 3])
+    assert evaluate.knn(only, test, 20).accuracy[20] == 10.0
+    single = Features(torch.cat([without.x, only.x[:1]]), torch.cat([without.labels, only.labels[:1]]))
+    assert 0 < evaluate.knn(single, test, 20).accuracy[20] < 100
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_constant_features_are_at_chance(value):
+    train, test = (Features(torch.full_like(f.x, value), f.labels) for f in real())
+    for options in ({}, {"normalize": "centered"}, {"normalize": False, "metric": "euclidean", "weights": "inverse"}):
+        assert evaluate.knn(train, test, (1, 20), **options).accuracy == {1: 10.0, 20: 10.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"weights": "linear"}, "weights='linear': choose one of 'exp', "),
+        ({"normalize": "centred"}, "normalize='centred': choose"),
+        ({"metric": "cosine"}, "metric='cosine': choose"),
+        ({"weights": "inverse"}, "metric='euclidean'"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"k": ()}, "at least one number"),
+        ({"k": (5, 0)}, "k=0 must lie between 1 and the 1000 training images"),
+    ],
+)
+def test_a_choice_that_is_none_is_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        evaluate.knn(*real(), **options)
+    if not isinstance(options.get("k"), tuple):
+        with pytest.raises(ValueError, match=says):
+            predict(real()[0], real()[1].x, **options)
+
+
+def test_features_that_are_not_finite_are_refused_before_work():
+    train, test = real()
+    broken = Features(test.x.clone().index_fill_(0, torch.tensor([7]), math.nan), test.labels)
+    for work in (evaluate.knn, explore):
+        with pytest.raises(ValueError, match=r"1 test images are not finite.*7"):
+            work(train, broken)
+
+
+def test_the_explorer_agrees_with_knn_protocol_by_protocol():
+    train, test = real()
+    found = explore(train, test)
+    assert [row.protocol for row in found.rows] == list(PROTOCOLS) and not found.left_out and found.n == 500
+    for row in found.rows:
+        p = row.protocol
+        options = {"temperature": p.vote.temperature, "weights": p.vote.weights}
+        alone = evaluate.knn(train, test, p.vote.k, **options, normalize=p.normalize, metric=p.metric)
+        assert (row.accuracy, row.interval) == (alone.accuracy[p.vote.k], alone.interval[p.vote.k])
+    accuracies = [row.accuracy for row in found.rows]
+    assert found.spread == max(accuracies) - min(accuracies) > 2  # points, on the very same features
+    assert len({p.name for p in PROTOCOLS}) == len(PROTOCOLS) and all(p.source for p in PROTOCOLS)
+
+
+def test_the_explorer_leaves_out_what_a_small_training_set_cannot_hold():
+    train, test = real()
+    few = Features(train.x[:50], train.labels[:50])
+    found = explore(few, test)
+    assert found.left_out == ("DINO, k = 100", "DINO, k = 200") and len(found.rows) == len(PROTOCOLS) - 2
+    with pytest.raises(ValueError, match="none of 1 protocols can do with 50 training images"):
+        explore(few, test, [Protocol("large", Vote(51))])
+
+
+def test_gains_are_taken_under_the_same_protocol():
+    train, test = real()
+    better = [Features(f.x + 0.5 * F.one_hot(f.labels, 64), f.labels) for f in (train, test)]  # told a little
+    base, told = explore(train, test), explore(*better, PROTOCOLS[:3])
+    gains = told.gains(base)
+    assert list(gains) == [p.name for p in PROTOCOLS[:3]] and all(gain > 0 for gain in gains.values())
+    assert gains["DINO, k = 20"] == told.rows[1].accuracy - base.rows[1].accuracy
+    with pytest.raises(ValueError, match="no protocol in common"):
+        told.gains(explore(train, test, PROTOCOLS[3:4]))

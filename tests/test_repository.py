@@ -19,9 +19,9 @@ IDEAS = {
 MACHINERY = {
     "data", "resampling", "photometric", "views", "masks", "batches", "backbones", "stochastic_depth", "batch_norm",
     "heads", "learner", "schedules", "optimizers", "settings", "paper_runs", "distributed", "interrupts", "trainer",
-    "train", "files", "checkpoints", "records",
+    "train", "files", "official", "checkpoints", "records",
 }  # fmt: skip
-READING = {"evaluate", "sweeps", "figures", "course", "cli"}
+READING = {"evaluate", "sweeps", "scoreboard", "figures", "course", "cli"}
 
 
 def tracked() -> list[Path]:

@@ -1,6 +1,7 @@
 """Many runs, one evaluator: rows in order, divergence as a result, records that read back."""
 
 import math
+import shlex
 
 import pytest
 
@@ -70,3 +71,31 @@ def test_a_record_reads_back_without_folders_and_with_one_config_a_name(rows, tm
 def test_a_record_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no record"):
         sweeps.read(tmp_path / "none.json")
+
+
+def test_a_metric_by_seed_is_of_scores_or_of_the_best_k():
+    score = {"metric": "linear top-1 (%)", "dataset": "digits", "value": 40.0}
+    good = {"seed": 1, "diverged": None, "knn": {10: 30.0, 20: 31.0}, "knn_interval": {10: (29, 31), 20: (30, 32)}}
+    runs = [good | {"scores": [score]}, {"seed": 2, "diverged": 0, "knn": {}, "scores": [score]}, good | {"seed": 3}]
+    assert sweeps.by_seed(runs) == {1: 31.0, 3: 31.0}
+    assert sweeps.by_seed(runs, "linear top-1 (%)") == {1: 40.0}
+    assert sweeps.by_seed(runs, "linear top-1 (%)", "digits") == {1: 40.0}
+    assert sweeps.by_seed(runs, "linear top-1 (%)", "cifar10") == {}
+
+
+def test_a_command_is_one_that_a_shell_takes_apart_again():
+    said = sweeps.command(80, {"methods": ["a", "b c"], "data": "cifar10", "epochs": 2.0, "check": False})
+    words = shlex.split(said)
+    assert words[:4] == ["prototypes", "run", "--only", "80"]
+    values = dict(zip(words[9::3], words[10::3], strict=True))
+    assert values == {"methods": '["a", "b c"]', "data": "cifar10", "epochs": "2.0", "check": "false"}
+
+
+def test_recipes_at_the_budget_keep_their_words_and_share_their_sizes():
+    for name, method in METHODS.items():
+        small = sweeps.at_budget(name, 64, ema=0.9)
+        assert (small.score, small.targets, small.regularizers) == (method.score, method.targets, method.regularizers)
+        assert small.n_prototypes == (64 if method.n_prototypes else method.n_prototypes), name
+        assert small.views.n_local == 2 and small.ema == (None if method.ema is None else 0.9), name
+    run = sweeps.short_run(31, limit=640)
+    assert run.epochs * 10 == 31 and run.warmup_epochs * 10 == 3

@@ -1,15 +1,36 @@
-"""Weighted nearest-neighbor classification, the family's first question to a feature: who are your neighbors?"""
+"""Weighted nearest-neighbor classification, the family's first question to a feature: who are your neighbors?
 
-import math
-from collections.abc import Iterator
+A protocol is how features are prepared (`normalize`), what is near (`metric`), how many vote (`k`) and with what weight
+(`weights`, `temperature`). The defaults are DINO's; knn_protocols.py puts the others beside them.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prototypes_lib.evaluate.features import Features
-from prototypes_lib.precision import directions
+from prototypes_lib.evaluate.features import Features, check
+from prototypes_lib.evaluate.intervals import wilson
+from prototypes_lib.evaluate.nearest import METRICS, NORMALIZE, Found, neighbors, search
+
+__all__ = ["KNN", "Vote", "knn", "neighbors", "predict"]
+
+WEIGHTS = ("exp", "softmax", "uniform", "inverse")
+
+
+@dataclass(frozen=True)
+class Vote:
+    """How many neighbors vote, and with what weight for a score s.
+
+    weights: "exp", exp(s / T); "softmax", the same divided by its sum over the k (DINOv2: over the largest k asked for;
+    one winner in either); "uniform", 1; "inverse", 1 / (1e-5 + distance).
+    """
+
+    k: int
+    temperature: float = 0.07
+    weights: str = "exp"
 
 
 @dataclass(frozen=True)
@@ -20,6 +41,9 @@ class KNN:
     interval: dict[int, tuple[float, float]]
     n: int
     temperature: float
+    weights: str = "exp"
+    normalize: bool | str = True
+    metric: str = "dot"
 
     @property
     def best(self) -> tuple[int, float]:
@@ -28,101 +52,134 @@ class KNN:
         return k, self.accuracy[k]
 
 
-@torch.no_grad()
 def knn(
     train: Features,
     test: Features,
-    k: int | tuple[int, ...] = (10, 20, 100, 200),
+    k: int | Sequence[int] = (10, 20, 100, 200),
     *,
     temperature: float = 0.07,
+    weights: str = "exp",
+    normalize: bool | str = True,
+    metric: str = "dot",
     device: str | torch.device = "cpu",
     block: int = 2**26,
+    held: int | None = None,
+    progress: bool = True,
 ) -> KNN:
     """Weighted kNN: argmax_c sum over the k nearest of exp(cos / T) [label = c] (DINO, Wu et al. 2018).
 
     Differences from the official script, none of which moves a number on ImageNet: classes are counted from the
     labels instead of 1000, any number of test images works (the script fails below 100), and a k beyond the training
-    set is an error. Weights are exp((cos - largest cos) / T), the same votes without over- or underflow.
+    set is an error. Weights are exp((cos - largest cos) / T), the same votes without over- or underflow. Of classes
+    with equal votes the first wins.
 
-    Args: features of any length (normalized here); k list; block: similarities held at a time.
+    Args:
+        k: numbers of neighbors; one search for all.
+        temperature: T, of "exp" and "softmax".
+        weights: "exp", "softmax" (DINOv2), "uniform" or "inverse", as `Vote` says; "inverse" of euclidean only.
+        normalize: True, to unit length; False, as they are; "centered", to unit length once the mean of the training
+            features is taken off.
+        metric: "dot", the score s is the inner product, a cosine where normalized; "euclidean", minus the distance.
+        block: similarities held at a time.
+        held: bytes of prepared training features held at a time, 1 GiB or half of what a GPU has free: a larger bank,
+            memory-mapped say, is read in parts, each once.
+        progress: a text bar, for what takes longer than 5 s.
 
     Raises:
-        ValueError: k outside 1 .. number of training images, no test images, or a temperature that is not positive.
+        ValueError: features that `features.check` refuses, k outside 1 .. number of training images, a temperature that
+            is not positive, or a choice that is none of these.
     """
-    k = (k,) if isinstance(k, int) else tuple(k)
-    if not k or min(k) < 1 or max(k) > len(train.x):
-        raise ValueError(f"k={k} must lie between 1 and the {len(train.x)} training images")
-    if not len(test.x):
-        raise ValueError("kNN needs at least one test image")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
-    bank = directions(train.x.to(device))
-    labels = train.labels.to(device)
-    n_classes = int(max(labels.max(), test.labels.max())) + 1
-    right = dict.fromkeys(k, 0)
-    for rows, similarity, places in _blocks(test.x, bank, max(k), block):
-        truth = test.labels[rows].to(device)
-        weight = torch.exp((similarity - similarity[:, :1]) / temperature)  # against the nearest: no underflow
-        voted = labels[places]
-        for count in k:
-            votes = weight.new_zeros(len(truth), n_classes)
-            votes.scatter_add_(1, voted[:, :count], weight[:, :count])
-            right[count] += int((votes.argmax(-1) == truth).sum())
-    n = len(test.x)
+    votes = [Vote(count, temperature, weights) for count in ((k,) if isinstance(k, int) else k)]
+    check(train, test)
+    hits = correct(train, test, votes, normalize, metric, device=device, block=block, held=held, progress=progress)
+    found, n = dict(zip((vote.k for vote in votes), hits, strict=True)), len(test.x)
     return KNN(
-        {count: 100 * hits / n for count, hits in right.items()},
-        {count: wilson(hits, n) for count, hits in right.items()},
-        n,
-        temperature,
-    )
+        {count: 100 * right / n for count, right in found.items()},
+        {count: wilson(right, n) for count, right in found.items()},
+        n, temperature, weights, normalize, metric,
+    )  # fmt: skip
 
 
-@torch.no_grad()
-def neighbors(
-    queries: Float[Tensor, "n dim"], bank: Float[Tensor, "m dim"], k: int, block: int = 2**26
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """Cosines and places in the bank of each query's k nearest vectors, the nearest first; vectors of any length.
-
-    Raises ValueError where k lies outside 1 .. size of the bank.
-    """
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k={k} must lie between 1 and the {len(bank)} vectors of the bank")
-    found = [(similarity, places) for _, similarity, places in _blocks(queries, directions(bank), k, block)]
-    if not found:
-        return bank.new_empty(0, k), torch.empty(0, k, dtype=torch.long, device=bank.device)
-    return torch.cat([x for x, _ in found]), torch.cat([x for _, x in found])
-
-
-def _blocks(queries: Tensor, bank: Tensor, k: int, block: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Queries, `block` similarities at a time in one piece of memory: their rows, largest cosines, places."""
-    n = len(bank)
-    size = 2 ** max(0, round(math.log2(n / k) / 2))  # of a group: as many in k groups as there are groups
-    width = -(-n // size) * size
-    step = max(1, min(block // n, len(queries)))
-    made = bank.new_full((step, width), -torch.inf)  # the last group may have fewer
-    for start in range(0, len(queries), step):
-        rows = slice(start, min(start + step, len(queries)))
-        here = directions(queries[rows].to(bank.device)).to(bank.dtype)
-        products = made[: len(here)]
-        with torch.autocast(bank.device.type, enabled=False):
-            torch.mm(here, bank.T, out=products[:, :n])
-        yield rows, *_largest(products.unflatten(1, (-1, size)), k)
+def predict(
+    train: Features,
+    test_x: Float[Tensor, "n dim"],
+    k: int = 20,
+    temperature: float = 0.07,
+    *,
+    weights: str = "exp",
+    normalize: bool | str = True,
+    metric: str = "dot",
+    device: str | torch.device = "cpu",
+    block: int = 2**26,
+    held: int | None = None,
+    progress: bool = True,
+) -> Int[Tensor, " n"]:
+    """The class that `knn` gives each row of test_x, on the CPU; arguments and refusals are `knn`'s."""
+    check(train, Features(test_x, torch.zeros(len(test_x), dtype=torch.long)))
+    votes = [Vote(k, temperature, weights)]
+    machine = {"device": device, "block": block, "held": held, "progress": progress}
+    return torch.cat([labels[0].cpu() for _, labels in _elected(train, test_x, votes, normalize, metric, **machine)])
 
 
-def _largest(groups: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, cut into groups: they lie in the k groups of the largest maxima, and few are those."""
-    size = groups.shape[2]
-    if size == 1:
-        return groups.flatten(1).topk(k, dim=1)
-    chosen = groups.amax(2).topk(min(k, groups.shape[1]), dim=1, sorted=False).indices
-    candidates = groups.gather(1, chosen[:, :, None].expand(-1, -1, size)).flatten(1)
-    values, places = candidates.topk(k, dim=1)
-    return values, chosen.gather(1, places // size) * size + places % size
+def correct(
+    train: Features, test: Features, votes: Sequence[Vote], normalize: bool | str, metric: str, **machine
+) -> list[int]:
+    """How many test images each vote gets right, all from one search; machine: the last arguments of `knn`."""
+    right = [0] * len(votes)
+    for rows, labels in _elected(train, test.x, votes, normalize, metric, **machine):
+        truth = test.labels[rows].to(labels[0].device)
+        for i, elected in enumerate(labels):
+            right[i] += int((elected == truth).sum())
+    return right
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a proportion, in percent."""
-    p, z2 = hits / n, z * z
-    center = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5
-    return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
+def _elected(
+    train: Features, test_x: Tensor, votes: Sequence[Vote], normalize: bool | str, metric: str, **machine
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Rows of test_x with the labels that each vote elects."""
+    if not votes:
+        raise ValueError("k: give at least one number of neighbors")
+    for vote in votes:
+        check_vote(vote, len(train.x), normalize, metric)
+    device, largest = machine["device"], max(vote.k for vote in votes)
+    classes, ballots = train.labels.to(device).unique(return_inverse=True)
+    for found in search(test_x, train.x, largest, normalize=normalize, metric=metric, **machine):
+        for rows, score, places in _split(found, max(1, machine["block"] // len(classes))):
+            weight = {(v.temperature, v.weights): _weights(score, v.temperature, v.weights) for v in votes}
+            voted, labels = ballots[places], []
+            for vote in votes:
+                counted = score.new_zeros(len(score), len(classes))
+                counted.scatter_add_(1, voted[:, : vote.k], weight[vote.temperature, vote.weights][:, : vote.k])
+                labels.append(classes[counted.argmax(-1)])
+            yield rows, labels
+
+
+def _weights(score: Tensor, temperature: float, weights: str) -> Tensor:
+    if weights == "exp":
+        return torch.exp((score - score[:, :1]) / temperature)  # against the nearest: no underflow
+    if weights == "softmax":
+        return torch.softmax(score / temperature, dim=1)
+    return torch.ones_like(score) if weights == "uniform" else 1 / (1e-5 - score)
+
+
+def _split(found: Found, most: int) -> Iterator[Found]:
+    """A block of queries in blocks of at most so many: votes of thousands of classes are wider than neighbors."""
+    rows, score, places = found
+    for start in range(0, len(score), most):
+        part = slice(start, min(start + most, len(score)))
+        yield slice(rows.start + part.start, rows.start + part.stop), score[part], places[part]
+
+
+def check_vote(vote: Vote, n: int, normalize: bool | str, metric: str) -> None:
+    """Raise ValueError, one line, for a vote that n training images cannot hold or that is none of ours."""
+    if not 1 <= vote.k <= n:
+        raise ValueError(f"k={vote.k} must lie between 1 and the {n} training images")
+    if not vote.temperature > 0:
+        raise ValueError(f"temperature={vote.temperature} must be positive")
+    for name, value, known in (
+        ("weights", vote.weights, WEIGHTS), ("normalize", normalize, NORMALIZE), ("metric", metric, METRICS),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}")
+    if vote.weights == "inverse" and metric != "euclidean":
+        raise ValueError("weights='inverse' are of distances: take metric='euclidean'")

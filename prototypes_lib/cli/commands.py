@@ -1,30 +1,16 @@
-"""The command line: prototypes run | train | evaluate | doctor | export | data, each with --help.
-
-A wrong request ends with status 2 and one line on stderr, before any work.
-"""
+"""The commands that are not `evaluate`: run, train, doctor, export, data."""
 
 import ast
-import contextlib
 import dataclasses
-import functools
-import inspect
-import io
-import itertools
 import os
-import re
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from prototypes_lib.interrupts import Interrupted
 from prototypes_lib.settings import Run
 
 IMAGENET = Run()
-INTERRUPTED = 75  # exit status of a run that was asked to stop and saved: run the same again (EX_TEMPFAIL)
 
 
 def run(
@@ -92,7 +78,7 @@ def train(
         raise ValueError("name a METHOD or a --paper-run NAME, one of the two")
     if method is not None and method not in METHODS:
         raise ValueError(f"no method {method!r}; choose one of {', '.join(METHODS)}")
-    composed = METHODS[method] if method is not None else _paper_run(paper_run).method
+    composed = METHODS[method] if method is not None else paper_run_named(paper_run).method
     if n_prototypes is not None:
         composed = composed.but(n_prototypes=n_prototypes)
     if n_local is not None:
@@ -119,7 +105,8 @@ def _literal(text: str):
         return text
 
 
-def _paper_run(name: str):
+def paper_run_named(name: str):
+    """A PaperRun by name. Raises ValueError where there is none."""
     from prototypes_lib.paper_runs import PAPER_RUNS
 
     if name not in PAPER_RUNS:
@@ -136,49 +123,6 @@ def _paper_runs() -> str:
         what = f"{run.data}, {run.backbone}, {run.epochs:.0f} epochs, batch {run.batch_size}"
         lines.append(f"{name:28s} {what}\n{'':28s} {paper.source}")
     return "\n".join(lines)
-
-
-def evaluate(
-    protocol: Positional[Literal["knn"]],
-    run_folder: Annotated[Positional[Path], arg(metavar="RUN-FOLDER")],
-    data: str | None = None,
-    k: tuple[int, ...] = (10, 20, 100, 200),
-    temperature: float = 0.07,
-    size: int | None = None,
-    root: Path | None = None,
-    device: str = "auto",
-) -> int:
-    """Evaluate the frozen backbone of a run folder or an export.
-
-    Args:
-        protocol: knn, weighted nearest neighbors.
-        run_folder: a run folder or an export.
-        data: a data set or folder; by default the one the run was trained on.
-        k: numbers of neighbors.
-        temperature: of the votes.
-        size: side of the evaluated view in pixels; by default the run's global crop.
-        root: where named data sets lie.
-        device: auto, cpu, cuda.
-    """
-    import json
-
-    from prototypes_lib import checkpoints, evaluate
-    from prototypes_lib.data import check_classes, load
-    from prototypes_lib.train import pick_device
-
-    backbone = checkpoints.load_backbone(run_folder)
-    about = run_folder / ("config.json" if (run_folder / "config.json").is_file() else "about.json")
-    trained = Run(**json.loads(about.read_text())["run"])
-    where, device_ = data or trained.data, pick_device(device)
-    sets = [load(where, split, root=root, image_size=trained.stored_size) for split in ("train", "test")]
-    check_classes(*sets)
-    features = [evaluate.extract(backbone, s, size=size or trained.image_size, device=device_) for s in sets]
-    result = evaluate.knn(*features, tuple(k), temperature=temperature, device=device_)
-    print(f"kNN on {where}, {result.n} test images, T = {temperature}")
-    for count, accuracy in result.accuracy.items():
-        low, high = result.interval[count]
-        print(f"  k = {count:<4d} {accuracy:5.2f} %  [{low:.2f}, {high:.2f}]")
-    return 0
 
 
 def doctor(path: Positional[Path], eps: float = 0.025, network: Literal["teacher", "student"] = "teacher") -> int:
@@ -235,91 +179,3 @@ def data(name: Positional[str | None] = None, root: Path | None = None) -> int:
     except RuntimeError as error:  # torchvision's word for a file that is missing or fails its checksum
         raise ValueError(f"{name}: {error}") from error
     return 0
-
-
-COMMANDS: dict[str, Callable[..., int]] = {
-    "run": run, "train": train, "evaluate": evaluate, "doctor": doctor, "export": export, "data": data,
-}  # fmt: skip
-
-
-def run_command(argv: Sequence[str]) -> int:
-    """Run one command line and return its exit status.
-
-    What the command says; 2 for a request it cannot take; 75 for a run that was asked to stop and can go on.
-    """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            work = tyro.extras.subcommand_cli_from_dict(
-                {name: _deferred(command, _defaults(argv)) for name, command in COMMANDS.items()},
-                prog="prototypes",
-                description=__doc__,
-                args=list(argv),
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as ended:  # --help, or a refusal in a box of several lines
-        if ended.code:
-            print(f"error: {_one_line(said.getvalue())}", file=sys.stderr)
-        return int(ended.code or 0)
-    try:
-        return work()
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return INTERRUPTED
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _defaults(argv: Sequence[str]) -> Run:
-    """The run that the other options change: ImageNet's, --small's or a --paper-run's."""
-    if "--small" in argv and any(word.startswith(("--paper-run", "--paper_run")) for word in argv):
-        raise ValueError("--small and --paper-run both set the defaults of the other options: leave one out")
-    if "--small" in argv:
-        return Run.small()
-    words = [part for word in argv for part in word.split("=", 1)]
-    for flag, name in itertools.pairwise(words):
-        if flag in ("--paper-run", "--paper_run") and name != "list":
-            return _paper_run(name).run
-    return IMAGENET
-
-
-def _deferred(command: Callable[..., int], run: Run) -> Callable[..., Callable[[], int]]:
-    """Parsing and working apart, so that only parsing's messages are rewritten; `run` are a Run's defaults."""
-
-    @functools.wraps(command)
-    def parsed(*args, **kwargs):
-        return functools.partial(command, *args, **kwargs)
-
-    signature = inspect.signature(command)
-    defaults = [p.replace(default=run) if p.default is IMAGENET else p for p in signature.parameters.values()]
-    parsed.__signature__ = signature.replace(parameters=defaults)  # type: ignore[attr-defined]
-    return parsed
-
-
-def _one_line(box: str) -> str:
-    """tyro's refusal, a heading and sections between rules, as one line: what is wrong, what there is.
-
-    The frame is drawn in lines or, where the terminal knows only ASCII, left out; the rules are there in both.
-    """
-    plain = re.sub(r"╭─ (.*?) ─*╮", r"\1\n---", box).translate(str.maketrans("─│╰╯", "-   "))
-    heading, *sections = map(_joined, re.split(r"^ *-+ *$\n?", plain, flags=re.MULTILINE))
-    said = [text for text in sections if text and not text.startswith(("For full helptext", "Argument helptext"))]
-    if not said:
-        return heading
-    return "; ".join(said) if not said[0].startswith("Expected") else f"{heading}: {'; '.join(said)}"
-
-
-def _joined(section: str) -> str:
-    """The wrapped lines of a section as one, an argument with its help (indented more) in parentheses after it."""
-    text, helping = "", False
-    for line in section.splitlines():
-        inside = len(line) - len(line.lstrip()) >= 8
-        if helping and not inside:
-            text += "),"
-        text += f" ({line.strip()}" if inside and not helping else f" {line.strip()}"
-        helping = inside
-    text = (text + ")" if helping else text).strip()
-    return re.sub(r"Error parsing __\S+: |\.? \(required\)", "", text)

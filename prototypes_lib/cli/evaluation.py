@@ -1,0 +1,284 @@
+"""Evaluate a backbone, frozen or fine-tuned, by one protocol.
+
+MODEL is a run folder, an export, a checkpoint file (DINO, iBOT, DINOv2, MSN, SwAV, SimDINO), or timm:NAME with timm's
+pretrained weights. `prototypes evaluate PROTOCOL --help` has the options of each.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import OmitArgPrefixes
+
+from prototypes_lib.cli.beyond_accuracy import clusters, precision, restricted, robustness
+from prototypes_lib.cli.task import Classifier, Kind, On, check_votes, opened, positive, score
+
+
+def knn(
+    on: OmitArgPrefixes[On],
+    k: tuple[int, ...] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    weights: Literal["exp", "softmax", "uniform", "inverse"] = "exp",
+    normalize: Literal["length", "centered", "none"] = "length",
+    metric: Literal["dot", "euclidean"] = "dot",
+    features: Kind = "C",
+) -> int:
+    """Weighted nearest neighbors on frozen features (DINO).
+
+    Args:
+        on: model, data and machine.
+        k: numbers of neighbors.
+        temperature: T of exp(cos / T).
+        weights: of the votes.
+        normalize: features to unit length, before that less the mean of the training features, or as they are.
+        metric: what is near.
+        features: class token (C), of 4 blocks or with the mean patch (D), before the last norm (MSN).
+    """
+    from prototypes_lib import evaluate
+
+    positive(temperature=temperature)
+    task = opened(on, "knn")
+    prepared = {"length": True, "centered": "centered", "none": False}[normalize]
+    check_votes(task, k, temperature, weights, prepared, metric)
+    options = {"temperature": temperature, "weights": weights, "metric": metric}
+    found = evaluate.knn(*task.features(features), k, normalize=prepared, **options, **task.machine())
+    print(f"kNN on {task.where}, {found.n} test images, T = {temperature}")
+    for count, accuracy in found.accuracy.items():
+        low, high = found.interval[count]
+        print(f"  k = {count:<4d} {accuracy:5.2f} %  [{low:.2f}, {high:.2f}]")
+    measured = {"knn": found.accuracy, "knn_interval": found.interval}
+    task.write(found, measured, k=k, normalize=normalize, features=features, **options)
+    return 0
+
+
+def knn_explorer(on: OmitArgPrefixes[On], features: Kind = "C") -> int:
+    """The same features under everybody's kNN: how many points are protocol.
+
+    Args:
+        on: model, data and machine.
+        features: class token (C), of 4 blocks or with the mean patch (D), before the last norm (MSN).
+    """
+    from prototypes_lib import evaluate
+
+    task = opened(on, "knn-explorer")
+    found = evaluate.explore(*task.features(features), **task.machine())
+    print(f"kNN under {len(found.rows)} protocols on {task.where}, {found.n} test images")
+    for row in found.rows:
+        task.say(row.protocol.name, row.accuracy, row.interval)
+    for name in found.left_out:
+        print(f"  {name:<24s} needs more than the {len(task.train)} training images")
+    print(f"  {found.spread:.2f} points between the best and the worst are protocol")
+    scores = [score(task, f"kNN top-1 (%) [protocol={r.protocol.name}]", r.accuracy, r.interval) for r in found.rows]
+    task.write(found, {"scores": scores}, features=features)
+    return 0
+
+
+def linear(
+    on: OmitArgPrefixes[On],
+    features: Literal["C", "D"] = "C",
+    sweep: Literal["dino", "ibot", "dinov2"] = "dino",
+    lrs: tuple[float, ...] = (),
+    frozen: bool = False,
+    epochs: int = 100,
+    batch_size: int = 256,
+    schedule: Literal["epoch", "step"] = "epoch",
+    holdout: float = 0.1,
+) -> int:
+    """A linear layer trained by SGD on random crops through the frozen backbone (DINO).
+
+    Args:
+        on: model, data and machine.
+        features: class token (C), or of 4 blocks or with the mean patch, by width (D).
+        sweep: whose learning rates: DINO's one, iBOT's 45, DINOv2's 13, all in one pass.
+        lrs: learning rates for a batch of 256 instead.
+        frozen: train on features extracted once, without crops: not the official protocol, far less time.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        schedule: whether the learning rate changes after each epoch (DINO) or each step (DINOv2).
+        holdout: share of the training images that chooses among learning rates; 0: the test images choose.
+    """
+    from prototypes_lib import evaluate
+    from prototypes_lib.evaluate.linear import LRS_DINO, LRS_DINOV2, LRS_IBOT
+
+    positive(epochs=epochs, batch_size=batch_size, **{f"lrs {lr}": lr for lr in lrs})
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout={holdout} must lie in [0, 1)")
+    rates = lrs or {"dino": LRS_DINO, "ibot": LRS_IBOT, "dinov2": LRS_DINOV2}[sweep]
+    task = opened(on, "linear")
+    options = {"epochs": epochs, "batch_size": batch_size, "schedule": schedule, "holdout": holdout}
+    pixels = {"backbone": task.backbone, "size": task.size, **task.colors}
+    sets = task.features(features) if frozen else (task.train, task.test)
+    found = evaluate.linear(
+        *sets, features=features, lrs=rates, seed=on.seed, **options, **({} if frozen else pixels), **task.machine()
+    )
+    print(f"linear classifier on {task.where}, {found.n} test images, {'frozen' if frozen else 'augmented'} features")
+    task.say(f"learning rate {found.lr:g}", found.accuracy, found.interval)
+    task.say("best on the test images", found.official)
+    metric = f"linear top-1 (%) [features={'CLS' if features == 'C' else 'DINO'}]"
+    scores = [score(task, metric, found.accuracy, found.interval)]
+    task.write(found, {"scores": scores}, features=features, lrs=rates, frozen=frozen, **options)
+    return 0
+
+
+def few_shot(
+    on: OmitArgPrefixes[On],
+    images: tuple[int, ...] = (1, 2, 5),
+    share: float | None = None,
+    splits: int = 3,
+    split_files: tuple[Path, ...] = (),
+    lambd: float = 0.075,
+    features: Kind = "MSN",
+) -> int:
+    """Logistic regression on a few images of each class (MSN).
+
+    Args:
+        on: model, data and machine.
+        images: of each class, an answer for each.
+        share: also this share of each class (0.01).
+        splits: how many to draw of each.
+        split_files: lists of images, a file a split, instead of drawing them.
+        lambd: strength of the regularization.
+        features: class token before the last norm (MSN), after it (C), of 4 blocks or with the mean patch (D).
+    """
+    import torch
+
+    from prototypes_lib import evaluate
+    from prototypes_lib.evaluate.few_shot import draw_split, read_split
+
+    positive(lambd=lambd, splits=splits)
+    task = opened(on, "few-shot")
+    asked = (*images, *(() if share is None else (float(share),)))
+    for number in () if split_files else asked:
+        draw_split(torch.from_numpy(task.train.labels), number)
+    given = [read_split(path, task.train) for path in split_files]
+    options = {"images": images, "share": share, "lambd": lambd}
+    found = evaluate.few_shot(
+        *task.features(features), splits=given or splits, seed=on.seed, **options, **task.machine()
+    )
+    print(f"few-shot on {task.where}, {found.n} test images, lambda {found.lambd}")
+    scores = []
+    for name, values in found.values.items():
+        what = name if "%" in name else f"{name}/class"
+        task.say(f"{what}, {len(values)} split{'s' * (len(values) > 1)}", found.mean[name], found.interval[name])
+        scores.append(score(task, f"few-shot top-1 (%) [images={what}]", found.mean[name], found.interval[name]))
+    task.write(found, {"scores": scores}, splits=splits, split_files=split_files, features=features, **options)
+    return 0
+
+
+def transfer(
+    on: OmitArgPrefixes[On],
+    metric: Literal["auto", "top1", "mean_per_class"] = "auto",
+    folds: int | None = None,
+    features: Kind = "C",
+) -> int:
+    """L-BFGS logistic regression with the best of 45 regularizations (Ericsson et al.; the vMF paper's tables).
+
+    Args:
+        on: model, data and machine.
+        metric: what is told; auto takes mean_per_class for Aircraft, Caltech-101, Flowers and Pets.
+        folds: choose by so many folds of the training images (vMF: 5) instead of a fifth held out.
+        features: class token (C), of 4 blocks or with the mean patch (D), before the last norm (MSN).
+    """
+    from prototypes_lib import evaluate
+
+    if folds is not None and folds < 2:
+        raise ValueError(f"folds={folds}: take at least 2")
+    task = opened(on, "transfer")
+    classwise = task.where.split("-lt-")[0] in ("aircraft", "caltech101", "flowers102", "pets")
+    told = metric if metric != "auto" else "mean_per_class" if classwise else "top1"
+    found = evaluate.transfer(*task.features(features), folds=folds, metric=told, seed=on.seed, **task.machine())
+    print(f"transfer to {task.where}, {found.n} test images, {told}")
+    task.say("accuracy", found.accuracy, found.interval)
+    scores = [score(task, "linear accuracy (%)", found.accuracy, found.interval)]
+    task.write(found, {"scores": scores}, metric=told, folds=folds, features=features)
+    return 0
+
+
+def fine_tune(
+    on: OmitArgPrefixes[On],
+    recipe: Literal["auto", "vit-s", "vit-b", "small-sets", "inat-s", "inat-b", "cpu"] = "auto",
+    lrs: tuple[float, ...] = (),
+    epochs: int | None = None,
+    warmup_epochs: int | None = None,
+    batch_size: int | None = None,
+    accumulate: int | None = None,
+    workers: int = 0,
+) -> int:
+    """Train the whole backbone with a linear layer on it (BEiT's and DeiT's recipes, as iBOT).
+
+    Args:
+        on: model, data and machine.
+        recipe: auto is vit-b from a width of 768 on, else vit-s.
+        lrs: peak learning rates, each a run of its own, instead of the recipe's.
+        epochs: instead of the recipe's.
+        warmup_epochs: instead of the recipe's.
+        batch_size: images a step, instead of the recipe's.
+        accumulate: parts of a batch, one after the other, instead of the recipe's.
+        workers: processes that augment images.
+    """
+    from prototypes_lib import evaluate
+    from prototypes_lib.evaluate.recipes import PRESETS
+
+    asked = {"lrs": lrs or None, "epochs": epochs, "warmup_epochs": warmup_epochs, "batch_size": batch_size}
+    asked = {name: value for name, value in (asked | {"accumulate": accumulate}).items() if value is not None}
+    PRESETS["vit-s" if recipe == "auto" else recipe].but(**asked)
+    task = opened(on, "fine-tune")
+    chosen = recipe if recipe != "auto" else "vit-b" if task.backbone.dim >= 768 else "vit-s"
+    found = evaluate.fine_tune(
+        task.backbone, task.train, task.test, settings=PRESETS[chosen].but(**asked), size=task.size, seed=on.seed,
+        workers=workers, **task.machine(),
+    )  # fmt: skip
+    lr, epoch, best = found.best
+    print(f"fine-tuned on {task.where} by {chosen}, {found.n} test images")
+    task.say(f"learning rate {found.lr:g}", found.accuracy, found.interval)
+    task.say("mean over classes", found.per_class)
+    task.say(f"best: lr {lr:g}, epoch {epoch}", best)
+    scores = [score(task, "fine-tuned top-1 (%)", found.accuracy, found.interval)]
+    scores.append(score(task, "fine-tuned mean-per-class accuracy (%)", found.per_class))
+    task.write(found, {"scores": scores}, recipe=chosen, **asked)
+    return 0
+
+
+def long_tail(
+    on: OmitArgPrefixes[On],
+    classifier: Classifier = "knn",
+    k: int = 20,
+    c: float = 1.0,
+    groups: Literal["100,20", "thirds"] = "100,20",
+    features: Kind = "C",
+) -> int:
+    """Accuracy of head, medium and tail classes; --data NAME-lt-FACTOR makes any data set long-tailed.
+
+    Args:
+        on: model, data and machine.
+        classifier: nearest neighbors or logistic regression.
+        k: neighbors.
+        c: weight of logistic regression's errors.
+        groups: head above 100 training images and tail below 20, or thirds of the classes.
+        features: class token (C), of 4 blocks or with the mean patch (D), before the last norm (MSN).
+    """
+    from prototypes_lib import evaluate
+
+    positive(c=c)
+    task = opened(on, "long-tail")
+    check_votes(task, (k,) if classifier == "knn" else ())
+    found = evaluate.long_tail(
+        *task.features(features), classifier=classifier, k=k, c=c, seed=on.seed,
+        groups="thirds" if groups == "thirds" else (100, 20), **task.machine(),
+    )  # fmt: skip
+    print(f"{classifier} on {task.where}, {found.n} test images of {found.classes} classes")
+    rows = {"top-1": (found.accuracy, found.interval), "balanced": (found.balanced, found.balanced_interval)}
+    rows |= {"macro-F1": (found.macro_f1, found.macro_f1_interval)}
+    rows |= {name: (group.accuracy, group.interval) for name, group in found.groups.items() if group.classes}
+    for name, row in rows.items():
+        task.say(name, *row)
+    scores = [score(task, f"{name} (%) [classifier={classifier}]", *row) for name, row in rows.items()]
+    task.write(found, {"scores": scores}, classifier=classifier, k=k, c=c, groups=groups, features=features)
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {
+    "knn": knn, "knn-explorer": knn_explorer, "linear": linear, "few-shot": few_shot, "transfer": transfer,
+    "fine-tune": fine_tune, "long-tail": long_tail, "robustness": robustness, "restricted": restricted,
+    "clusters": clusters, "precision": precision,
+}  # fmt: skip
