@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rows_evaluation
 import rows_prototypes
 import rows_reading
 import rows_regularizers
@@ -31,7 +32,7 @@ from timing import OURS, Measured, Row
 
 from prototypes_lib.records import environment
 
-ROWS = rows_prototypes.ROWS | rows_regularizers.ROWS | rows_reading.ROWS | rows_training.ROWS
+ROWS = rows_prototypes.ROWS | rows_regularizers.ROWS | rows_reading.ROWS | rows_evaluation.ROWS | rows_training.ROWS
 PEERS = ("lightly", "kornia", "faiss-cpu", "scikit-learn", "scipy", "timm")
 
 

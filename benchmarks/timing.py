@@ -38,6 +38,7 @@ class Row:
     for the share of what a product of matrices reaches on this machine. memory: how the peak is taken, "tensors" (every
     live storage of torch beyond the arguments'), "process" (resident size of a child process: for peers without torch),
     or None. limit: what stands in the way where a goal is not reached. once: the answer cannot be had in a loop.
+    turns: as many at most, for a row of minutes.
     notes: further figures, such as a share of inputs, from the answers.
     """
 
@@ -52,6 +53,7 @@ class Row:
     memory: str | None = "tensors"
     limit: str = ""
     once: bool = False
+    turns: int | None = None
     notes: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @property
@@ -128,7 +130,7 @@ def measure(
         for name, f in row.all.items()
     }
     found: dict[str, list[float]] = {name: [] for name in row.all}
-    for i in range(repeats):
+    for i in range(min(repeats, row.turns or repeats)):
         names = list(row.all)
         for name in names if i % 2 == 0 else reversed(names):
             found[name].append(timed(row.all[name], device, turns[name])[0])

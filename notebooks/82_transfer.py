@@ -107,7 +107,7 @@ for name, result in found.items():
 fig, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
 folded = {name: evaluate.transfer(*features, folds=5, **own) for name, features in live.items()}
 for name, result in found.items():
-    axis.plot(list(result.validation), list(result.validation.values()), markevery=4, label=name, **figures.look(name))
+    axis.plot(result.lambdas, result.validation, markevery=4, label=name, **figures.look(name))
     axis.axvline(result.lam, color=figures.look(name)["color"], lw=0.8, ls=":")
     print(
         f"{name:10s} a fifth: {result.accuracy:.1f} %, five folds: {folded[name].accuracy:.1f} % (λ = {folded[name].lam:.3g})"

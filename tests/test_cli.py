@@ -198,13 +198,16 @@ ASKED = {
     "knn-explorer": (),
     "linear": ("--frozen", "--epochs", "2", "--features", "D", "--lrs", "0.001", "0.01"),
     "few-shot": ("--images", "1", "2", "--share", "0.1", "--seed", "3"),
-    "transfer": ("--metric", "mean_per_class", "--seed", "1"),
+    "transfer": ("--metric", "mean_per_class", "--seed", "1", "--lambdas", "0.01", "1"),
     "fine-tune": ("--recipe", "cpu", "--epochs", "2"),
     "long-tail": ("--data", "cifar10-5k-lt-10-seed1", "--groups", "thirds"),
     "robustness": ("--corruptions", "fog", "contrast", "--severities", "2", "4"),
     "clusters": (),
     "precision": ("--bins", "2"),
 }
+
+
+PARTS = {"train": "train", "val": "train", "test": "test"}
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +296,25 @@ def test_a_test_set_of_some_classes_is_read_from_a_folder(run_folder, tmp_path, 
     assert "2 classes" in capsys.readouterr().err
 
 
+def test_transfer_may_choose_by_a_folders_own_validation_images(run_folder, tmp_path, capsys):
+    from PIL import Image
+
+    sets = {part: data.load("cifar10-5k", split, limit=40, progress=False) for part, split in PARTS.items()}
+    for part, images in sets.items():
+        for i, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True)):
+            folder = tmp_path / "mine" / part / images.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    asked = ("--data", str(tmp_path / "mine"), "--val", "--lambdas", "0.01", "1", "--json", str(tmp_path / "a.json"))
+    assert call("evaluate", "transfer", str(run_folder), *LIMIT, *asked) == 0
+    network = checkpoints.load_backbone(run_folder)
+    features = {part: evaluate.extract(network, images, size=32) for part, images in sets.items()}
+    expected = evaluate.transfer(features["train"], features["test"], val=features["val"], lambdas=(0.01, 1))
+    (run,) = schema.read(tmp_path / "a.json").runs
+    assert run["result"]["accuracy"] == expected.accuracy
+    assert run["result"]["validation"] == pytest.approx(expected.validation)
+
+
 def test_a_checkpoint_file_is_a_model_where_data_are_given(tmp_path, capsys):
     weights = {f"backbone.{name}": x for name, x in next(backbone().children()).state_dict().items()}
     torch.save({"teacher": weights}, tmp_path / "checkpoint.pth")
@@ -361,6 +383,9 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch, capsys):
         (("few-shot", "--lambd", "0"), "lambd=0"),
         (("few-shot", "--split-files", "nowhere.txt"), "nowhere.txt"),
         (("transfer", "--folds", "1"), "folds=1"),
+        (("transfer", "--lambdas", "0"), "lambdas="),
+        (("transfer", "--folds", "5", "--val"), "leave one out"),
+        (("transfer", "--val"), "cifar10-5k has the splits train, test"),
         (("fine-tune", "--epochs", "10", "--warmup-epochs", "10"), "warmup_epochs=10"),
         (("long-tail", "--c", "0"), "c=0"),
         (("long-tail", "--data", "cifar10-5k-lt-0.5"), "0.5"),

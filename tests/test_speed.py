@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import rows_evaluation
 import rows_prototypes
 import rows_regularizers
 import speed
@@ -87,7 +88,7 @@ def test_a_goal_that_is_missed_is_told_with_its_cause():
     assert speed.described("key", found, "cpu")["outcome"] == "met"
 
 
-@pytest.mark.parametrize("key", [*rows_prototypes.ROWS, *rows_regularizers.ROWS])
+@pytest.mark.parametrize("key", [*rows_prototypes.ROWS, *rows_regularizers.ROWS, *rows_evaluation.ROWS])
 def test_all_sides_of_a_small_row_answer_alike(key):
     small = speed.ROWS[key]("small", "cpu")
     small.check({name: function() for name, function in small.all.items()})

@@ -16,10 +16,11 @@ from prototypes_lib.evaluate.long_tail import LongTail, long_tail
 from prototypes_lib.evaluate.precision import Precision, RedundancyShare, precision, redundancy_share
 from prototypes_lib.evaluate.restricted import Restricted, restricted
 from prototypes_lib.evaluate.robustness import Robustness, robustness
+from prototypes_lib.evaluate.transfer import Transfer, transfer
 
 __all__ = [
     "KNN", "Clusters", "Features", "FewShot", "FineTune", "FineTuning", "KNNExplorer", "Linear", "LongTail",
-    "Precision", "PrototypesAsClasses", "RedundancyShare", "Restricted", "Robustness", "clusters", "explore", "extract",
-    "few_shot", "fine_tune", "knn", "linear", "logistic", "long_tail", "precision", "prototypes_as_classes",
-    "redundancy_share", "restricted", "robustness",
+    "Precision", "PrototypesAsClasses", "RedundancyShare", "Restricted", "Robustness", "Transfer", "clusters",
+    "explore", "extract", "few_shot", "fine_tune", "knn", "linear", "logistic", "long_tail", "precision",
+    "prototypes_as_classes", "redundancy_share", "restricted", "robustness", "transfer",
 ]  # fmt: skip

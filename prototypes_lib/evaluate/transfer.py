@@ -1,4 +1,4 @@
-"""Transfer by logistic regression on frozen features of another data set, its strength chosen without the test images."""
+"""Transfer: logistic regression on frozen features, its strength chosen without the test images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,11 +59,11 @@ def transfer(
     cross-validation (vMF: folds=5); the first of equals is taken. Then the classifier is fitted again to all images
     of train and val with the same lambda. Features are taken as they are, neither normalized nor standardized.
 
-    Differences from the official code: the optimum of each lambda (`logistic`) where it stops after 100 iterations,
-    which for small lambdas is far from it and regularizes by itself; the fifth is drawn by torch, so it is another;
-    and two classes have a weight vector each. vMF does not say how its folds are made: ours hold each class as evenly as
-    can be, and the accuracy is of all images together, each predicted by the classifier that has not seen its fold.
-    Classes that a classifier has not seen, such as a class of one image while it validates, count as missed.
+    Differences from the official code: the optimum of each lambda (`logistic`) where that stops after 100 iterations,
+    reached or not; the fifth is drawn by torch, so it is another; and two classes have a weight vector each. vMF does
+    not say how its folds are made: ours hold each class as evenly as can be, and the accuracy is of all images
+    together, each predicted by the classifier that has not seen its fold. Classes that a classifier has not seen, such
+    as a class of one image while it validates, count as missed.
 
     Args:
         metric: "top1", or "mean_per_class" over the classes that have test images; METRIC has the official one.
