@@ -23,7 +23,7 @@ def _features(n: int, dim: int, seed: int) -> Features:
     turn = torch.linalg.qr(torch.randn(dim, dim, generator=draw)).Q
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=draw)
-    x = centers[labels] + 3 * torch.randn(n, dim, generator=draw)
+    x = centers[labels] + 8 * torch.randn(n, dim, generator=draw)
     return Features((x * torch.arange(1, dim + 1) ** -0.75) @ turn + offset, labels)
 
 

@@ -32,6 +32,7 @@ seeds: list[int] = [0, 1, 2]  # repeats
 epochs: float = 2.0  # passes over the data in pre-training (full: 100)
 data: str = "cifar10"  # of pre-training: a name of `prototypes data`, or a folder with train/ and val/ (ImageNet)
 targets: list[str] = ["digits"]  # what is transferred to: digits, names of `prototypes data`, folders
+tuned: list[str] = ["digits"]  # targets of these that whole networks are fine-tuned to
 limit: int = 0  # images used of each split; 0 takes all
 live_steps: int = 200  # steps of the two runs that are trained here, on the embedded images (those of notebook 52)
 live_limit: int = 0  # embedded images used of each split; 0 takes all
@@ -141,8 +142,8 @@ if check:
 from prototypes_lib.evaluate.recipes import CPU
 
 recipe = CPU.but(epochs=tune_epochs)
-tuned = {name: evaluate.fine_tune(net, *sets, settings=recipe, **own) for name, net in networks.items()}
-for name, result in tuned.items():
+whole = {name: evaluate.fine_tune(net, *sets, settings=recipe, **own) for name, net in networks.items()}
+for name, result in whole.items():
     low, high = result.interval
     print(
         f"{name:10s} {result.accuracy:.1f} % [{low:.1f}, {high:.1f}] after {tune_epochs} epochs; frozen {found[name].accuracy:.1f} %"
@@ -178,7 +179,7 @@ def measured(backbone, seed):
         features = [evaluate.extract(backbone, x, size=base.image_size, device=own["device"]) for x in pair]
         fit = evaluate.transfer(*features, seed=seed, **own)
         scores.append(Score("transfer", name, "linear accuracy (%)", fit.accuracy, *fit.interval, fit.n, seed))
-        if tune_epochs:
+        if target in tuned:
             fit = evaluate.fine_tune(backbone, *pair, settings=recipe, size=base.image_size, seed=seed, **own)
             metric = "fine-tuned accuracy (%)"
             scores.append(Score("fine-tune", name, metric, fit.accuracy, *fit.interval, fit.n, seed))
@@ -195,7 +196,7 @@ if scale != "glance":
     for job in (job for job in jobs if job.name == methods[0]):
         scores = measured(train.build(job.method, job.run).teacher.backbone, job.run.seed)
         untrained.append(sweeps.untrained(job) | {"seed": job.run.seed, "scores": scores})
-    names = ("scale", "methods", "seeds", "epochs", "data", "targets", "limit", "tune_epochs")
+    names = ("scale", "methods", "seeds", "epochs", "data", "targets", "tuned", "limit", "tune_epochs")
     settings = {name: globals()[name] for name in names}
     about = {"notebook": "82_transfer", "command": sweeps.command(82, settings), "parameters": settings}
     sweeps.write(path, rows, **about, untrained=untrained)

@@ -101,7 +101,7 @@ def test_a_wrong_request_is_one_line_and_status_2(argv, says, capsys, tmp_path, 
         (("evaluate", "kmeans", "x"), r"Unrecognized options: kmeans, x; Available subcommands: knn, .*precision"),
         (
             ("evaluate", "knn", "x", "--lambd", "1"),
-            r"Unrecognized or misplaced options: --lambd .* in prototypes evaluate few-shot --help\)",
+            r"Unrecognized or misplaced options: --lambd .* in prototypes evaluate few-shot --help\).*",
         ),
         (("train", "dino", "--epochs", "x"), r"Error parsing --epochs: could not convert string to float: 'x'"),
         (("train", "dino", "--precision", "x"), r"precision='x': choose auto, fp32 or bf16"),

@@ -158,7 +158,7 @@ def test_predictions_have_the_accuracy_and_every_k_its_own():
 
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])
 @pytest.mark.parametrize("normalize", [True, "centered"])
-@pytest.mark.parametrize("rows", [1, 7, 333, 999])
+@pytest.mark.parametrize("rows", [13, 333, 999])
 def test_a_bank_in_parts_has_the_same_neighbors(rows, metric, normalize, tmp_path):
     train, test = real()
     x = np.memmap(tmp_path / "x", np.float32, "w+", shape=tuple(train.x.shape))
