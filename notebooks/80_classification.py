@@ -42,7 +42,8 @@ results: str = "results"  # folder of the JSON record
 check: bool = True  # assert the claims (they are about the embedded images and the recorded runs)
 
 # %%
-from pathlib import Path  # noqa: I001 - one import of the package, names and all
+import functools  # noqa: I001 - one import of the package, names and all
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -176,12 +177,15 @@ jobs = [sweeps.Job(name, at_scale(name), base.but(seed=seed)) for seed in seeds 
 
 
 # %%
+@functools.cache
+def images(split):
+    return datasets.load(data, split, limit=limit or None, image_size=base.stored_size, progress=False)
+
+
 def seen_by(backbone, norm=True):
     """Features of both splits, after the last norm or (MSN's few-shot) before it."""
-    load = {"limit": limit or None, "image_size": base.stored_size, "progress": False}
-    sets = [datasets.load(data, split, **load) for split in ("train", "test")]
     view = {"size": base.image_size, "device": train.pick_device(device), "norm": norm}
-    return [evaluate.extract(backbone, images, **view) for images in sets]
+    return [evaluate.extract(backbone, images(split), **view) for split in ("train", "test")]
 
 
 def measured(backbone, seed):

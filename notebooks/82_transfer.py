@@ -44,7 +44,8 @@ results: str = "results"  # folder of the JSON record
 check: bool = True  # assert the claims (they are about the digits and the recorded runs)
 
 # %%
-from pathlib import Path  # noqa: I001 - one import of the package, names and all
+import functools  # noqa: I001 - one import of the package, names and all
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -76,6 +77,7 @@ def digits(split):
     return datasets.Images(pixels, found.target[mine].astype(np.int64), tuple("0123456789"), "digits")
 
 
+@functools.cache
 def images(target):
     """Both splits of a target at the networks' size."""
     if target == "digits":
