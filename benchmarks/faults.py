@@ -4,31 +4,11 @@ A fault replaces `old`, which stands exactly once in its file, by `new`. `tests`
 the tests of the whole family (mutations.SECOND) have their turn.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Fault:
-    """name: what is wrong. file: inside prototypes_lib. tests: those to run first, by the file's name if none."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...] = ()
-
-    @property
-    def first(self) -> tuple[str, ...]:
-        stem = self.file.rsplit("/", 1)[-1].removesuffix(".py")
-        return tuple(f"tests/test_{name}.py" for name in self.tests or (stem,))
-
-
-def _in(file: str, *faults: tuple[str, str, str], tests: tuple[str, ...] = ()) -> list[Fault]:
-    return [Fault(name, file, old, new, tests) for name, old, new in faults]
-
+from fault import Fault, planted_in
+from faults_evaluation import EVALUATION
 
 FAULTS: list[Fault] = [
-    *_in(
+    *planted_in(
         "objectives.py",
         (
             "cross-entropy from the student to the teacher",
@@ -49,7 +29,7 @@ FAULTS: list[Fault] = [
         ),
         ("codes are pushed apart", "loss = 1 - (wide(a)", "loss = 1 + (wide(a)"),
     ),
-    *_in(
+    *planted_in(
         "blockwise.py",
         ("predictions have no gradient towards their targets", "torch.neg(barycentres, out=d_toward[span])", "pass"),
         ("prototypes have no gradient from the targets", "sums.add(q, -y, -v)", "pass"),
@@ -67,13 +47,13 @@ FAULTS: list[Fault] = [
         ("sums below what float32 holds are taken", "sums.amin() > 1e-30:", "True:"),
         tests=("blockwise", "assignment", "world_size"),
     ),
-    *_in(
+    *planted_in(
         "ranks.py",
         ("the gradient of a sum stays on its rank", "return _Total.apply(grad)\n", "return grad\n"),
         ("the gradient of gathered rows stays on its rank", "return _Total.apply(grad)[start :", "return grad[start :"),
         tests=("ranks", "world_size"),
     ),
-    *_in(
+    *planted_in(
         "assignment.py",
         (
             "Sinkhorn normalizes over the wrong axis",
@@ -112,7 +92,7 @@ FAULTS: list[Fault] = [
             "return scores\n\n\nclass Sinkhorn",
         ),
     ),
-    *_in(
+    *planted_in(
         "regularizers.py",
         ("the sign of KoLeo", "return -torch.cat(logs)", "return torch.cat(logs)"),
         ("KoLeo of vectors that are not normalized", "    x = directions(x)\n", "    x = wide(x)\n"),
@@ -146,7 +126,7 @@ FAULTS: list[Fault] = [
         ),
         ("the power law rises", "** -float(exponent)", "** float(exponent)"),
     ),
-    *_in(
+    *planted_in(
         "methods.py",
         (
             "a coefficient runs backwards",
@@ -174,7 +154,7 @@ FAULTS: list[Fault] = [
             '_method.plus(0.1, koleo, on="features")',
         ),
     ),
-    *_in(
+    *planted_in(
         "learner.py",
         (
             "targets at the student's temperature",
@@ -287,7 +267,7 @@ FAULTS: list[Fault] = [
         ("averaged codes without the teacher's", "(0.5 * (codes[:n] + t_codes))", "codes[:n]"),
         ("the weight of the image term is ignored", "at(method.image_weight, progress) * image", "image"),
     ),
-    *_in(
+    *planted_in(
         "heads.py",
         (
             "codes are not normalized",
@@ -297,7 +277,7 @@ FAULTS: list[Fault] = [
         ("the length of unit prototypes is trained", "requires_grad=free_norms and not plain", "requires_grad=True"),
         ("all prototypes are set to unit length", "        if self.plain:\n", "        if True:\n"),
     ),
-    *_in(
+    *planted_in(
         "stochastic_depth.py",
         (
             "kept branches are not weighted",
@@ -312,13 +292,13 @@ FAULTS: list[Fault] = [
         ("rows are dropped in eval mode", "p.drop_prob if p.training else 0.0", "p.drop_prob"),
         ("a ResNet's masks stay for its next call", "path.kept = None\n\n\ndef _paths", "pass\n\n\ndef _paths"),
     ),
-    *_in(
+    *planted_in(
         "batch_norm.py",
         ("the running variance is the biased one", "unbiased = var * (n / (n - 1).clamp_min(1))", "unbiased = var"),
         ("a single row is remembered", "many = n > 1", "many = n > 0"),
         ("a second computation is remembered", "setattr(module, name, buffer.clone())", "pass"),
     ),
-    *_in(
+    *planted_in(
         "precision.py",
         (
             "a direction's gradient keeps its part along the vector",
@@ -328,7 +308,7 @@ FAULTS: list[Fault] = [
         ("directions overflow", "torch.where(largest == 0, 1.0, largest)", "torch.ones_like(largest)"),
         tests=("heads",),
     ),
-    *_in(
+    *planted_in(
         "vmf.py",
         ("the sign of the derivative of log C_p", "return -grad * kappa * slope", "return grad * kappa * slope"),
         (
@@ -340,13 +320,13 @@ FAULTS: list[Fault] = [
         ("the sampler's envelope has another constant", "m * math.log(4 * b", "m * math.log(2 * b"),
         ("EM divides by all samples", "fit_concentration(length / mass, dim)", "fit_concentration(length / n, dim)"),
     ),
-    *_in(
+    *planted_in(
         "scores.py",
         ("log C_p is missing", "return logits + _vmf.log_normalizer(kappa, w.shape[-1], terms=terms)", "return logits"),
         ("kappa forgets the temperature", "w.to(logits.dtype), dim=-1) / tau", "w.to(logits.dtype), dim=-1)"),
         ("cosine keeps the lengths", "return dot(y, directions(w), tau)", "return dot(y, w, tau)"),
     ),
-    *_in(
+    *planted_in(
         "collapse.py",
         (
             "near-copies at a distance of exactly eps",
@@ -365,7 +345,7 @@ FAULTS: list[Fault] = [
             "p = torch.softmax(log_scores.mean(0), -1)",
         ),
     ),
-    *_in(
+    *planted_in(
         "schedules.py",
         (
             "the warm-up is off by one",
@@ -374,7 +354,7 @@ FAULTS: list[Fault] = [
         ),
         ("the cosine is longer by the warm-up", "round(stretch * steps) - warmup_steps", "round(stretch * steps)"),
     ),
-    *_in(
+    *planted_in(
         "settings.py",
         (
             "the root of the batch is not taken",
@@ -383,7 +363,7 @@ FAULTS: list[Fault] = [
         ),
         tests=("schedules",),
     ),
-    *_in(
+    *planted_in(
         "optimizers.py",
         ("layer decay is off by one", "(student.backbone.n_layers + 1 - ", "(student.backbone.n_layers - "),
         (
@@ -400,7 +380,7 @@ FAULTS: list[Fault] = [
             '(("prototypes.",))',
         ),
     ),
-    *_in(
+    *planted_in(
         "trainer.py",
         (
             "prototypes are never frozen",
@@ -436,7 +416,7 @@ FAULTS: list[Fault] = [
         ("each rank decides for itself to skip", "flags = ranks.largest(torch.stack(", "flags = (torch.stack("),
         tests=("trainer", "train"),
     ),
-    *_in(
+    *planted_in(
         "train.py",
         (
             "a resumed run starts with a fresh optimizer",
@@ -449,12 +429,12 @@ FAULTS: list[Fault] = [
         ("an unfinished step is saved", "            trainer.undo()\n", ""),
         tests=("train", "trainer"),
     ),
-    *_in(
+    *planted_in(
         "settings.py",
         ("the seed is no part of the hash", 'MACHINE = ("device",', 'MACHINE = ("seed", "device",'),
         tests=("train",),
     ),
-    *_in(
+    *planted_in(
         "batches.py",
         ("views ignore the step", 'generator(self.run.seed, "views", step)', 'generator(self.run.seed, "views")'),
         (
@@ -472,7 +452,7 @@ FAULTS: list[Fault] = [
         ),
         tests=("trainer", "batches"),
     ),
-    *_in(
+    *planted_in(
         "checkpoints.py",
         (
             "the optimizer is not saved",
@@ -488,13 +468,13 @@ FAULTS: list[Fault] = [
         ("a backbone comes back in train mode", "return backbone.eval()", "return backbone"),
         tests=("checkpoints", "train"),
     ),
-    *_in(
+    *planted_in(
         "masks.py",
         ("as many patches are kept as should be dropped", ".view(grid) >= kept", ".view(grid) < kept"),
         ("stratified ratios are drawn independently", "if not stratified:", "if True:"),
         ("a block may exceed the quota", "fits & (new > 0) & (new <= remaining)", "fits & (new > 0)"),
     ),
-    *_in(
+    *planted_in(
         "views.py",
         (
             "local crops with the scale of global ones",
@@ -509,7 +489,7 @@ FAULTS: list[Fault] = [
         ),
         ("the flip is drawn and forgotten", "size, crops.flip.flatten(), images.device", "size, None, images.device"),
     ),
-    *_in(
+    *planted_in(
         "resampling.py",
         ("no antialiasing", "scale * (out + 0.5), scale.clamp_min(1)", "scale * (out + 0.5), torch.ones_like(scale)"),
         ("pixels beside the crop shine in", "& (pixel >= 0) & (pixel < length[..., None])", ""),
@@ -520,7 +500,7 @@ FAULTS: list[Fault] = [
         ),
         tests=("views",),
     ),
-    *_in(
+    *planted_in(
         "photometric.py",
         (
             "images come back in the order of their colors",
@@ -531,7 +511,7 @@ FAULTS: list[Fault] = [
         ("jitter in one order for all", "operation, len(operations)), len(operations))", "0, 4), len(operations))"),
         tests=("views",),
     ),
-    *_in(
+    *planted_in(
         "batches.py",
         (
             "ranks cut the batch and parts cut the ranks",
@@ -554,17 +534,11 @@ FAULTS: list[Fault] = [
             "torch.randint(N := len(self.images), (N,),",
         ),
     ),
-    *_in(
-        "evaluate/knn.py",
-        ("kNN ignores its temperature", "similarity[:, :1]) / temperature)", "similarity[:, :1]) / 0.07)"),
-        ("kNN by products of raw features", "bank = directions(train.x.to(device))", "bank = train.x.to(device)"),
-        ("Wilson's interval at 90 %", "z: float = 1.96", "z: float = 1.645"),
-    ),
-    *_in(
+    *planted_in(
         "evaluate/features.py",
         ("features in train mode", "backbone.eval().to(device)", "backbone.to(device)"),
     ),
-    *_in(
+    *planted_in(
         "sweeps.py",
         ("the worst k is reported", 'max(row["knn"], key=', 'min(row["knn"], key='),
         (
@@ -575,4 +549,5 @@ FAULTS: list[Fault] = [
         ("rows in the order in which runs end", "rows[i] = row", "rows[done - 1] = row"),
         ("a divergence is no part of its row", '"diverged": step,', '"diverged": None,'),
     ),
+    *EVALUATION,
 ]

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from faults import FAULTS, Fault
+from fault import Fault
+from faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("prototypes_lib", "tests", "benchmarks", "data", "pyproject.toml")

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import mutations
 import pytest
-from faults import FAULTS, Fault
+from fault import Fault
+from faults import FAULTS
 
 
 def test_every_fault_still_applies_and_is_another_program():
