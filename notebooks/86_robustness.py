@@ -48,9 +48,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import Markdown, display
+from scipy import stats
 
-from prototypes_lib import checkpoints, data as datasets, evaluate, figures, methods as family, sweeps, train
-from prototypes_lib.evaluate.corruptions import CORRUPTIONS, GROUPS, SMALL, corrupt
+from prototypes_lib import checkpoints, course, data as datasets, evaluate, figures, methods as family, sweeps, train
+from prototypes_lib.evaluate.corruptions import CORRUPTIONS, GROUPS, corrupt
 from prototypes_lib.evaluate.robustness import ALEXNET, robustness
 
 figures.use_style()
@@ -72,16 +74,13 @@ side = shown.shape[-1]
 names = [name.replace("_", "\n") for name in CORRUPTIONS]
 axis.set_xticks([side * (i + 0.5) for i in range(15)], names, fontsize=7)
 axis.set_yticks([side * (i + 0.5) for i in range(6)], ["clean", *map(str, range(1, 6))])
-settings_of = "CIFAR-10-C" if side < SMALL else "ImageNet-C"
-axis.set(ylabel="severity", title=f"One test image of {data}, with the settings of {settings_of}")
+axis.set(ylabel="severity", title=f"One test image of {data}, {side} pixels a side")
 axis.grid(visible=False)
-axis.tick_params(length=0)
 figures.show(fig, alt="One test image, clean and under fifteen corruptions at five severities: noise, blur, weather and "
              "digital harm, each from hardly visible to strong.")  # fmt: skip
 
 # %% [markdown]
-# Is it noise of the published size, and the same in any batch? The tests compare every corruption with another
-# computation (scipy, Pillow, plain loops).
+# Is it noise of the published size, the same in any batch? Tests compare each with scipy, Pillow or plain loops.
 
 # %%
 plain, number = torch.full((400, 3, 32, 32), 128, dtype=torch.uint8), torch.arange(400)
@@ -143,7 +142,9 @@ def measured(backbone, baseline):
     """What a row of the record gets: the robustness of a network, and the seconds it took."""
     start, features = time.perf_counter(), evaluate.extract(backbone, bank, size=size, device=at)
     it = robustness(backbone, features, queries, size=size, baseline=baseline, device=at, progress=False, **harm)
-    print(f"clean {it.accuracy:.1f} %, mCE {it.mce:.1f} [{it.interval[0]:.1f}, {it.interval[1]:.1f}]", flush=True)
+    print(
+        f"clean accuracy {it.accuracy:.1f} %, mCE {it.mce:.1f} [{it.interval[0]:.1f}, {it.interval[1]:.1f}]", flush=True
+    )
     return it, {"robustness": dataclasses.asdict(it), "robustness_seconds": time.perf_counter() - start}
 
 
@@ -249,7 +250,7 @@ for place, (name, by_seed) in enumerate(result.items()):
     other.plot(x, taken.mean(0), ls="", ms=5, **look)
 axis.set(xlabel="severity, 0 is clean", ylabel="error, %", title="Mean over corruptions")
 other.axhline(0, color=figures.ROLE["bound"], lw=0.8)
-other.set_xticks(range(len(order)), [kind.replace("_", "\n") for kind in order], fontsize=6.5)
+other.set_xticks(range(len(order)), [kind.replace("_", "\n") for kind in order], fontsize=6)
 other.set(ylabel="points of error added", title="Each corruption, mean over severities and seeds (-: a seed)")
 axis.legend(fontsize=7)
 figures.show(fig, alt="Error over severity rises slowly for all networks; of fifteen corruptions snow, frost, fog, brightness "

@@ -189,7 +189,7 @@ def _scored(backbone: Backbone, run: Run) -> dict[str, Any]:
     ]
     device = pick_device(run.device)
     features = [evaluate.extract(backbone, images, size=run.image_size, device=device) for images in sets]
-    found = evaluate.knn(*features, tuple(k for k in NEIGHBORS if k <= len(sets[0])), device=device)
+    found = evaluate.knn(*features, tuple(k for k in NEIGHBORS if k <= len(sets[0])), device=device, progress=False)
     return {"knn": found.accuracy, "knn_interval": found.interval, "n_test": found.n}
 
 
