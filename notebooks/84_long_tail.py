@@ -136,19 +136,10 @@ assert abs(float(prior[0] / prior[-1]) - k**0.25) < 1e-3 * k**0.25, "the power l
 # class. Head: more than 100 training images, tail: less than 20, medium between (at factor 100 CIFAR-10-LT has no tail
 # by that rule, so classes are also cut in thirds). Intervals are 95 % t-intervals over seeds.
 
-
 # %%
-def at_scale(name):
-    return family.METHODS[name] if scale == "full" else sweeps.at_budget(name, 2048, ema=0.99)
-
-
-base = train.Run.small(
-    batch_size=128, lr=2e-3, head_batch_norm=True, bottleneck=64, monitor_steps=50, epochs=epochs,
-    warmup_epochs=epochs / 10, checkpoint_epochs=1e6,
-)  # fmt: skip
-base = (train.Run(batch_size=1024) if scale == "full" else base).but(
-    data=data, limit=limit or None, device=device, out=out, progress=False
-)
+at_scale = family.METHODS.get if scale == "full" else functools.partial(sweeps.at_budget, k=2048, ema=0.99)
+base = train.Run(batch_size=1024) if scale == "full" else sweeps.plain_run(epochs)
+base = base.but(data=data, limit=limit or None, device=device, out=out, progress=False)
 jobs = [sweeps.Job(name, at_scale(name), base.but(seed=seed)) for seed in seeds for name in methods]
 
 

@@ -63,6 +63,15 @@ class Job:
     about: dict[str, Any] = field(default_factory=dict)
 
 
+def plain_run(epochs: float, **changes) -> Run:
+    """The run of notebooks 80 to 84: 128 images a step, prototypes at the network's learning rate, no time-lapse."""
+    run = Run.small(
+        batch_size=128, lr=2e-3, head_batch_norm=True, bottleneck=64, monitor_steps=50, checkpoint_epochs=1e6,
+        epochs=epochs, warmup_epochs=epochs / 10, progress=False,
+    )  # fmt: skip
+    return run.but(**changes)
+
+
 def sweep(jobs: Sequence[Job], workers: int | None = None) -> list[dict[str, Any]]:
     """Train and score every job, `workers` at a time in processes of one thread each; rows in the order of the jobs.
 
@@ -194,8 +203,10 @@ def _scored(backbone: Backbone, run: Run) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """JSON with one line a row of a curve: as readable, and a fraction of the lines in a diff."""
-    rounded = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.7g}"))
+    """JSON with one line a row of a curve: as readable, and a fraction of the lines in a diff; nan is null."""
+    rounded = json.loads(
+        json.dumps(value), parse_float=lambda text: float(f"{float(text):.7g}"), parse_constant=lambda nan: None
+    )
     lines = []
     for name, entry in rounded.items():
         if isinstance(entry, list):
