@@ -139,6 +139,11 @@ for k in ks:
 # | `56_number_of_prototypes` | K, the weight of KoLeo, and what balances the targets |
 # | `58_stability` | who collapses, at which step, seen how |
 # | `60_speed_and_survival` | how fast beside others, and what a run survives |
+# | `80_classification` | kNN, linear, few labels: who leads depends on the protocol |
+# | `82_transfer` | frozen features and fine-tuning on other data |
+# | `84_long_tail` | head and tail, and priors for prototypes |
+# | `86_robustness` | fifteen corruptions, five severities |
+# | `90_scoreboard` | every number and claim of the papers beside what was measured |
 #
 # ## Bigger
 # The notebooks are the programs: on a GPU `prototypes data cifar10`, then `prototypes run --only 50 --timeout 0

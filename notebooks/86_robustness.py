@@ -107,23 +107,12 @@ assert torch.equal(alone[0], together[3]), "the batch should not change an image
 # %%
 def at_budget(name):
     """A recipe at notebook 52's budget; at full scale as it is."""
-    method = family.METHODS[name]
-    changes = {"views": family.Views(**{**vars(method.views), "n_local": 2})}
-    changes |= {"n_prototypes": 512} if method.n_prototypes else {}
-    changes |= {"ema": 0.97, "ema_end": 1.0} if method.ema is not None else {}
-    changes |= {"teacher_temp": family.Warmup(0.04, 0.04)} if method.teacher_temp.epochs else {}
-    return method if scale == "full" else method.but(**changes)
+    return family.METHODS[name] if scale == "full" else sweeps.at_budget(name)
 
 
 # %%
-per_epoch = len(datasets.load(data, "train", limit=limit or None, image_size=32, progress=False)) // 64
-base = train.Run.small(
-    batch_size=64, lr=4e-3, head_batch_norm=True, bottleneck=64, prototype_lr_factor=30.0, monitor_steps=25,
-    epochs=steps / per_epoch, warmup_epochs=min(20, steps // 10) / per_epoch, checkpoint_epochs=1e6,
-)  # fmt: skip
-base = (train.Run(batch_size=1024) if scale == "full" else base).but(
-    data=data, limit=limit or None, device=device, out=out, progress=False
-)
+base = train.Run(batch_size=1024) if scale == "full" else sweeps.short_run(steps, data, limit)
+base = base.but(data=data, limit=limit or None, device=device, out=out, progress=False)
 glance = scale == "glance"
 used, trained_ones = (seeds[:1], methods[:1]) if glance else (seeds, methods)
 jobs = [sweeps.Job(name, at_budget(name), base.but(seed=s)) for s in used for name in trained_ones]
