@@ -167,12 +167,12 @@ base = base.but(data=data, limit=limit or None, device=device, out=out, progress
 jobs = [sweeps.Job(name, at_scale(name), base.but(seed=seed)) for seed in seeds for name in methods]
 
 
-# %%
 @functools.cache
 def images(split):
     return datasets.load(data, split, limit=limit or None, image_size=base.stored_size, progress=False)
 
 
+# %%
 def seen_by(backbone, norm=True):
     """Features of both splits, after the last norm or (MSN's few-shot) before it."""
     view = {"size": base.image_size, "device": train.pick_device(device), "norm": norm}

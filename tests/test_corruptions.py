@@ -12,8 +12,17 @@ from scipy import ndimage
 from sklearn.datasets import load_sample_image
 
 from prototypes_lib import data
-from prototypes_lib.evaluate import blur, digital, noise, weather
-from prototypes_lib.evaluate.corruptions import CORRUPTIONS, GROUPS, TABLE, Corruption, corrupt
+from prototypes_lib.evaluate.corruptions import (
+    CORRUPTIONS,
+    GROUPS,
+    TABLE,
+    Corruption,
+    blur,
+    corrupt,
+    digital,
+    noise,
+    weather,
+)
 from prototypes_lib.views import eval_view
 
 SMALL = torch.from_numpy(data.load("cifar10-5k", "test", limit=16, progress=False).pixels).permute(0, 3, 1, 2)

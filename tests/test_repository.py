@@ -58,17 +58,22 @@ def test_data_flows_one_way():
     allowed = {name: IDEAS for name in IDEAS}
     allowed |= {name: IDEAS | MACHINERY for name in MACHINERY}
     allowed |= {name: IDEAS | MACHINERY | READING for name in READING}
-    modules = {p.stem if p.parent.name == "prototypes_lib" else p.parent.name for p in library()}
+    modules = {layer(path) for path in library()}
     assert modules - {"__init__", "__main__"} == set(allowed)
     for path in library():
-        layer = path.stem if path.parent.name == "prototypes_lib" else path.parent.name
-        if layer in ("__init__", "__main__"):
+        here = layer(path)
+        if here in ("__init__", "__main__"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prototypes_lib"):
                 parts = node.module.split(".")
                 found = {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-                assert found - {"__version__"} <= allowed[layer], f"{path.name} imports {found}"
+                assert found - {"__version__"} <= allowed[here], f"{path.name} imports {found}"
+
+
+def layer(path: Path) -> str:
+    """The module or package directly in the library that a file belongs to."""
+    return path.relative_to(ROOT / "prototypes_lib").parts[0].removesuffix(".py")
 
 
 def library() -> list[Path]:

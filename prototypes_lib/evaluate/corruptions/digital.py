@@ -11,8 +11,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Generator, Tensor
 
-from prototypes_lib.evaluate.blur import mirrored
-from prototypes_lib.evaluate.noise import uniform
+from prototypes_lib.evaluate.corruptions.blur import mirrored
+from prototypes_lib.evaluate.corruptions.noise import uniform
 from prototypes_lib.resampling import Windows, mix
 
 

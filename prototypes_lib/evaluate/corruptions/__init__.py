@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prototypes_lib.evaluate import blur, digital, noise, weather
+from prototypes_lib.evaluate.corruptions import blur, digital, noise, weather
 from prototypes_lib.views import eval_view
 
 

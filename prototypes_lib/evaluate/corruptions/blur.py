@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from prototypes_lib.evaluate.noise import integers, uniform
+from prototypes_lib.evaluate.corruptions.noise import integers, uniform
 from prototypes_lib.resampling import Windows, gaussian_windows, mix
 
 

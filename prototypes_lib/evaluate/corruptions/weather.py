@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from prototypes_lib.evaluate.blur import swept, zoomed
-from prototypes_lib.evaluate.noise import normal, uniform
+from prototypes_lib.evaluate.corruptions.blur import swept, zoomed
+from prototypes_lib.evaluate.corruptions.noise import normal, uniform
 
 LUMA = (0.299, 0.587, 0.114)
 
