@@ -12,16 +12,19 @@
 # ---
 
 # %% [markdown]
-# # TITLE
+# # Frozen and fine-tuned rank networks differently: KoLeo on the data is last frozen and first fine-tuned
 #
-# **Claim.** CLAIM
+# **Claim.** From photographs to handwritten digits, the network whose features serve worst as they are (iBOT-vMF with
+# KoLeo on the data, below the untrained one) is the best start for training all weights, on every seed. And logistic
+# regression that stops after 100 iterations, as the official code's, is far from its optimum where λ is small.
 #
 # **Papers.** (vMF, Table 5), (PPC, Table 2), Ericsson et al. (arXiv:2011.13377). **Before this:** notebook 80.
 # **Cost:** a minute beside the record; on top of the fifteen runs of notebook 80 about ten minutes on two CPU cores.
 #
-# **Deviations.** Instead of nine data sets of photographs: the 1,797 handwritten digits of 8 x 8 pixels that come with
-# scikit-learn, and (in the record) a long-tailed part of Tiny-ImageNet, both enlarged or reduced to 32 px; networks of
-# notebook 80. Logistic regression runs to its optimum, where the official code stops after 100 iterations.
+# **Deviations.** Instead of nine data sets of photographs, the 1,797 digits of 8 x 8 pixels that come with scikit-learn,
+# enlarged to 32 px (`-p targets` takes any others); networks of notebook 80. Logistic regression runs to its optimum,
+# where the official code stops after 100 iterations. Fine-tuning without augmentation for 8 epochs, settings **chosen by
+# looking** at another target (see `evaluate/recipes.py`, CPU).
 
 # %% tags=["parameters"] nbmake={"mock": {"scale": "cpu", "methods": ["dino", "simdino"], "seeds": [0], "epochs": 1.0, "data": "cifar10-5k", "limit": 256, "live_steps": 3, "live_limit": 256, "tune_epochs": 3, "workers": 1, "out": "../runs/smoke", "results": "../runs/smoke", "check": false}}
 scale: 'Literal["glance", "cpu", "full"]' = (
@@ -140,7 +143,8 @@ if check:
     assert gap < 3, f"a fifth or five folds should choose about as well, not {gap:.1f} points apart"
 
 # %% [markdown]
-# **Reading.** READING0
+# **Reading.** Many λ do about as well, and which of them is chosen moves little. At small λ scikit-learn's 100 iterations,
+# the protocol's, end far above the minimum: what is printed as a small λ is then partly an early stop.
 #
 # ## Fine-tuning the whole network
 # BEiT's recipe at a CPU's size: layer-wise decay of the learning rate, no augmentation, a few epochs. A frozen probe
@@ -211,11 +215,21 @@ columns = {
     for where, metric in asked
 }
 fig = figures.compare({"pre-training data, kNN": {n: sweeps.by_seed(rows) for n, rows in runs.items()}} | columns)
-figures.show(fig, alt="ALT ALT ALT ALT ALT ALT")
+figures.show(fig, alt="Six networks: kNN on the data of pre-training, frozen and fine-tuned accuracy on digits. KoLeo on the data is "
+             "first in kNN, last frozen, and first fine-tuned.")  # fmt: skip
 display(Markdown(figures.table(columns)))
 
+# %%
+if check:
+    frozen, whole = columns["digits, linear"], columns["digits, fine-tuned"]
+    for seed in seeds:
+        assert frozen["ibot-vmf-kd"][seed] < frozen["ibot-vmf"][seed], "frozen, KoLeo on the data should be behind"
+        assert whole["ibot-vmf-kd"][seed] > whole["ibot-vmf"][seed], "fine-tuned, it should be ahead, on every seed"
+
 # %% [markdown]
-# **Reading.** READING
+# **Reading.** Frozen, pre-training on CIFAR-10 adds two or three points on digits, and KoLeo on the data takes more than
+# that away; fine-tuned it leads by several. What a linear layer can read off now is not what training can reach.
+# KoLeo on the prototypes is at its baseline in both: the costs and gains of (PPC, Table 2) are *not shown here*.
 
 # %%
 course.finish()
