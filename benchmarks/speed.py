@@ -30,7 +30,7 @@ import torch
 from recording import folder, save
 from timing import OURS, Measured, Row
 
-from prototypes_lib.records import environment
+from prototypes_lib.records import commit, environment
 
 ROWS = rows_prototypes.ROWS | rows_regularizers.ROWS | rows_reading.ROWS | rows_evaluation.ROWS | rows_training.ROWS
 PEERS = ("lightly", "kornia", "faiss-cpu", "scikit-learn", "scipy", "timm")
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     for key in options.only or ROWS:
         print(f"{key} ... {time.monotonic() - start:.0f} s", flush=True)
         row = run_row(key, size, device, options.repeats, speed, options.threads)
-        rows += [row] if row else []
+        rows += [row | {"commit": commit()}] if row else []  # of --only, others stay as they were made
         print(table(rows[-1:]) if row else f"{key}: its peers are not installed", flush=True)
     everything = merged(path, rows) if options.only else rows
     installed = {name: importlib.metadata.version(name) for name in PEERS if _installed(name)}
