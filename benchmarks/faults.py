@@ -327,7 +327,7 @@ FAULTS: list[Fault] = [
         ("cosine keeps the lengths", "return dot(y, directions(w), tau)", "return dot(y, w, tau)"),
     ),
     *planted_in(
-        "collapse.py",
+        "collapse/unique.py",
         (
             "near-copies at a distance of exactly eps",
             "1 - similarity.amax(dim=-1) < eps",
@@ -338,12 +338,17 @@ FAULTS: list[Fault] = [
             "(1 - similarity[hit] < eps).int().argmax(dim=-1)",
             "similarity[hit].argmax(dim=-1)",
         ),
+        tests=("collapse",),
+    ),
+    *planted_in(
+        "collapse/marginal.py",
         ("the void set points at the data", "mask = 1 + cosine < eps", "mask = 1 - cosine < eps"),
         (
             "the softmax of the mean in place of the mean softmax",
             "p = torch.softmax(log_scores, -1).mean(0)",
             "p = torch.softmax(log_scores.mean(0), -1)",
         ),
+        tests=("collapse",),
     ),
     *planted_in(
         "schedules.py",

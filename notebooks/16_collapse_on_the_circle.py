@@ -62,7 +62,7 @@ PROTO = figures.ROLE["prototypes"]
 # (PPC, Definition 4.1) asks for a partition of the unit prototypes $\mu_1 \dots \mu_K$ into $M$ sets $V_m$, each with a
 # representative $v_m \in V_m$ such that $1 - v_m^\top \mu_j < \varepsilon$ for all $\mu_j \in V_m$; the *redundancy
 # factor* is $r_m = |V_m|$. Which partition is left open ($M = K$ always qualifies). Our rule (for any K in
-# `prototypes_lib/collapse.py`): in index order, join the first representative that is near enough, or become one.
+# `prototypes_lib/collapse/unique.py`): in index order, join the first representative that is near enough, or become one.
 
 
 # %%

@@ -109,7 +109,7 @@ TITLE = {"base": recipe, "kd": "+ KoLeo on data (kd)", "kp": "+ KoLeo on prototy
 # %% [markdown]
 # ## Prototypes over time
 # M is the number of unique teacher prototypes, greedy first-fit at 1 − cos < 0.025 (PPC, Definition 4.1;
-# `prototypes_lib/collapse.py`). At a fixed step it is a moment of a transient: compare equal schedules only.
+# `prototypes_lib/collapse/unique.py`). At a fixed step it is a moment of a transient: compare equal schedules only.
 
 # %%
 fig, axes = plt.subplots(1, len(n_prototypes) + 1, figsize=(9.5, 3.1), squeeze=False)

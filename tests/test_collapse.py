@@ -69,7 +69,7 @@ CASES = {
 @pytest.mark.parametrize("block", [1, 7, 64, 1024])
 @pytest.mark.parametrize("name", CASES)
 def test_unique_prototypes_are_those_of_the_double_loop_whatever_the_block_size(name, block, monkeypatch):
-    monkeypatch.setattr(collapse, "_BLOCK", block)
+    monkeypatch.setattr(collapse.unique, "_BLOCK", block)
     for eps in (0.001, 0.025, 0.1, 1.0):
         u = unique_prototypes(CASES[name], eps)
         representatives, part = _naive(CASES[name], eps)
@@ -80,7 +80,7 @@ def test_unique_prototypes_are_those_of_the_double_loop_whatever_the_block_size(
 
 
 def test_the_search_over_many_kept_representatives_crosses_its_own_blocks(monkeypatch):
-    monkeypatch.setattr(collapse, "_BLOCK", 4)  # kept representatives are searched 64 at a time
+    monkeypatch.setattr(collapse.unique, "_BLOCK", 4)  # kept representatives are searched 64 at a time
     w = torch.cat([_random(300, 32), 1.5 * _random(300, 32).flip(0)])
     u = unique_prototypes(w)
     assert u.count == 300 and u.assignment[300:].tolist() == list(range(299, -1, -1))
@@ -106,7 +106,7 @@ def test_half_precision_prototypes_are_compared_in_float32(dtype):
 
 @pytest.mark.parametrize("block", [1, 1024])
 def test_the_inequality_is_strict(block, monkeypatch):
-    monkeypatch.setattr(collapse, "_BLOCK", block)
+    monkeypatch.setattr(collapse.unique, "_BLOCK", block)
     orthogonal = torch.eye(3, dtype=torch.float64)
     assert unique_prototypes(orthogonal, eps=1.0).count == 3  # 1 - cos is exactly 1
     assert unique_prototypes(orthogonal, eps=math.nextafter(1.0, 2.0)).count == 1
@@ -125,7 +125,7 @@ def test_ties_are_decided_alike_inside_a_block_and_between_blocks(eps, monkeypat
         pair = torch.tensor([[1.0, 0.0], [c, math.sqrt(1 - c * c)]])
         counts = []
         for block in (1, 1024):
-            monkeypatch.setattr(collapse, "_BLOCK", block)
+            monkeypatch.setattr(collapse.unique, "_BLOCK", block)
             counts.append(unique_prototypes(pair, eps).count)
         assert counts[0] == counts[1], f"cosine {c:.9f}"
 
@@ -230,7 +230,7 @@ def test_a_chain_of_near_copies_is_one_component_and_several_unique_prototypes()
 def test_components_do_not_depend_on_the_block_size(name, block, monkeypatch):
     x = _unit(CASES[name])
     dense = scipy_components(1 - x @ x.T < 0.025, directed=False)[0]
-    monkeypatch.setattr(collapse, "_BLOCK", block)
+    monkeypatch.setattr(collapse.unique, "_BLOCK", block)
     assert connected_components(CASES[name]) == dense
 
 

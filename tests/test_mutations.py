@@ -21,7 +21,7 @@ def test_there_are_enough_faults_in_all_parts_and_their_tests_exist():
     assert len(FAULTS) >= 30 and len({fault.name for fault in FAULTS}) == len(FAULTS)
     assert {fault.file for fault in FAULTS} >= {
         "objectives.py", "assignment.py", "regularizers.py", "methods.py", "learner.py", "heads.py", "vmf.py",
-        "collapse.py", "schedules.py", "optimizers.py", "train.py", "checkpoints.py", "masks.py", "views.py",
+        "collapse/unique.py", "schedules.py", "optimizers.py", "train.py", "checkpoints.py", "masks.py", "views.py",
         "evaluate/knn.py", "sweeps.py",
     }  # fmt: skip
     for test in {test for fault in FAULTS for test in (*fault.first, *mutations.SECOND)}:
