@@ -461,7 +461,7 @@ FAULTS: list[Fault] = [
         "checkpoints.py",
         (
             "the optimizer is not saved",
-            '"optimizer.safetensors": _optimizer_tensors(optimizer)',
+            '"optimizer.safetensors": states.of_optimizer(optimizer)',
             '"optimizer.safetensors": {}',
         ),
         ("no older checkpoint is kept", 'if good >= keep and step < state["step"]:', 'if step < state["step"]:'),

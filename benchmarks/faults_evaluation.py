@@ -86,7 +86,8 @@ EVALUATION: list[Fault] = [
         tests=("features",),
     ),
     *planted_in(
-        "official.py",
+        "official/backbones.py",
         ("a class token without its position", ' + tensors["pos_embed"][:, :1]', ""),
+        tests=("official",),
     ),
 ]  # fmt: skip

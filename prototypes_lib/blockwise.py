@@ -136,8 +136,8 @@ class LogScores:
 
 
 @torch.no_grad()
-def entropies(targets: Sequence[LogScores]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Of the distributions softmax(L): the mean of their entropies and the entropy of their mean, in nats."""
+def entropies(targets: Sequence[LogScores]) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, " k"]]:
+    """Of the distributions softmax(L): the mean of their entropies, the entropy of their mean (nats), and this mean."""
     n = sum(scores.size() for scores in targets).clamp_min(1)
     own, usage = 0.0, 0.0
     for scores in targets:
@@ -147,7 +147,15 @@ def entropies(targets: Sequence[LogScores]) -> tuple[Float[Tensor, ""], Float[Te
             own = own - (p * torch.where(p > 0, log_p, 0.0)).sum()
             usage = usage + p.sum(0)
     usage = ranks.total(usage) / n
-    return (ranks.total(own) / n).to(usage), -(usage * torch.log(usage.clamp_min(torch.finfo(usage.dtype).tiny))).sum()
+    log_usage = torch.log(usage.clamp_min(torch.finfo(usage.dtype).tiny))
+    return (ranks.total(own) / n).to(usage), -(usage * log_usage).sum(), usage
+
+
+@torch.no_grad()
+def largest(scores: LogScores) -> Float[Tensor, ""]:
+    """max |L_bk| over the samples of all ranks, 0 without any."""
+    found = [torch.linalg.vector_norm(block, torch.inf) for _, block in scores.blocks()]
+    return ranks.largest(torch.stack(found).amax() if found else scores.codes.new_zeros(()))
 
 
 def _softmax_(x: Tensor) -> Tensor:

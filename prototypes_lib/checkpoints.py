@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from prototypes_lib import official
 from prototypes_lib.backbones import Backbone
-from prototypes_lib.files import storage
+from prototypes_lib.files import states, storage
 from prototypes_lib.heads import Projector, Prototypes
 from prototypes_lib.learner import Network
+from prototypes_lib.official import Found, own
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _EXPORT = ("backbone.safetensors", "head.safetensors", "about.json")
@@ -54,7 +55,7 @@ def save(
     storage.tidy(place.parent)
     storage.write_folder(
         place,
-        {"model.safetensors": _model_tensors(model), "optimizer.safetensors": _optimizer_tensors(optimizer)},
+        {"model.safetensors": states.of_model(model), "optimizer.safetensors": states.of_optimizer(optimizer)},
         {"state.json": dict(state) | {"format": storage.FORMAT}} | ({"config.json": dict(config)} if config else {}),
         label=_label(state),
     )
@@ -144,10 +145,10 @@ def load(
     if reason := damage(folder, step, expect_hash):
         raise ValueError(f"{place} is damaged: {reason}; delete it to go on from an older one")
     state = json.loads((place / "state.json").read_bytes())
-    tensors = _restore_aliases(model, load_file(place / "model.safetensors"))
-    _check_same(f"{place.name}/model.safetensors", tensors, model.state_dict())
+    tensors = states.with_aliases(model, load_file(place / "model.safetensors"))
+    states.check_same(f"{place.name}/model.safetensors", tensors, model.state_dict())
     if optimizer is not None:
-        entries = _optimizer_entries(optimizer, load_file(place / "optimizer.safetensors"), place)
+        entries = states.optimizer_entries(optimizer, load_file(place / "optimizer.safetensors"), place)
         groups = optimizer.state_dict()["param_groups"]
     model.load_state_dict(tensors)
     if optimizer is not None:
@@ -170,55 +171,6 @@ def _is_of_0_1_0(place: Path) -> bool:
         return False
     state = json.loads(paths[2].read_bytes())
     return isinstance(state, dict) and "format" not in state and not any(map(storage.label_of, paths[:2]))
-
-
-def _check_same(name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    if differ := sorted(found.keys() ^ wanted.keys()):
-        raise ValueError(f"{name} and the network differ in {len(differ)} tensors, {differ[0]} for one: another run?")
-    for key, tensor in wanted.items():
-        if (found[key].shape, found[key].dtype) != (tensor.shape, tensor.dtype):
-            here, there = (f"{t.dtype} {tuple(t.shape)}" for t in (tensor, found[key]))
-            raise ValueError(f"{name}: {key} is {there}, the network has {here}: another run?")
-
-
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """State without aliases (a teacher that is the student is stored once): safetensors refuses shared memory."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.detach().cpu().contiguous()
-    return tensors
-
-
-def _restore_aliases(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    first: dict[int, str] = {}
-    for name, tensor in model.state_dict().items():
-        source = first.setdefault(tensor.data_ptr(), name)
-        if name not in tensors and source in tensors:
-            tensors[name] = tensors[source]
-    return tensors
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{i}/{key}": value.detach().cpu() for i, entry in state.items() for key, value in entry.items()}
-
-
-def _optimizer_entries(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], place: Path
-) -> dict[int, dict[str, Tensor]]:
-    """An optimizer's state by parameter. Raises ValueError where it is of other parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition("/")
-        shape = parameters[int(index)].shape if index.isdecimal() and int(index) < len(parameters) else None
-        if shape is None or (tensor.dim() and tensor.shape != shape):
-            raise ValueError(f"{place.name}/optimizer.safetensors: {name} fits no parameter here: another run?")
-        entries.setdefault(int(index), {})[key] = tensor.clone()  # out of the file, which may be deleted
-    return entries
 
 
 def export(run_folder: str | Path, path: str | Path) -> Path:
@@ -248,14 +200,22 @@ def export(run_folder: str | Path, path: str | Path) -> Path:
 
 
 def load_prototypes(path: str | Path, network: str = "teacher", of: str = "crops") -> Tensor:
-    """Prototypes w (K, dim) of a run folder or an export, in float32.
+    """Prototypes w (K, dim) of a run folder, an export, or a checkpoint file of others, in float32.
 
     network: "teacher" or "student" (an export holds the teacher only). of: "crops", or "patches" where they have
-    prototypes of their own.
+    prototypes of their own; of a file with several sets also "head 0", "head 1" ... (SwAV). `all_prototypes` has all.
 
-    Raises FileNotFoundError where there is neither, ValueError for a method without (such) prototypes, another network,
-    or the student of an export.
+    Raises FileNotFoundError where there is none of them, ValueError for a method without (such) prototypes, another
+    network, the student of an export, or a file that is damaged or none we know (`official.prototypes`).
     """
+    if network not in ("teacher", "student"):
+        raise ValueError(f"network={network!r}: choose 'teacher' or 'student'")
+    path = Path(path)
+    if _is_others(path):
+        sets = official.prototypes(path, network)
+        if fitting := [found.w for found in sets if found.of == of]:
+            return fitting[0]
+        raise ValueError(f"{path} holds no prototypes of={of!r}; it has those of {', '.join(f.of for f in sets)}")
     path = _check(path, network)
     if of not in ("crops", "patches"):
         raise ValueError(f"of={of!r}: choose 'crops' or 'patches'")
@@ -274,15 +234,45 @@ def load_prototypes(path: str | Path, network: str = "teacher", of: str = "crops
     return prototypes.w.detach()
 
 
+def all_prototypes(path: str | Path) -> tuple[Found, ...]:
+    """Every set of prototypes of a run folder, an export, or a checkpoint file of others, the teacher's crops' first.
+
+    What teacher and student share, or patches and crops, is told once, with a note.
+
+    Raises what `load_prototypes` does, and ValueError for prototypes that are not finite or zero.
+    """
+    path = Path(path)
+    if _is_others(path):
+        return official.prototypes(path)
+    path = _check(path, "teacher")
+    exported = (path / "head.safetensors").is_file()
+    if exported:
+        config, tensors = json.loads((path / "about.json").read_bytes()), load_file(path / "head.safetensors")
+    else:
+        config, tensors = _newest(path)
+    return own.sets(path, config["method"], tensors, exported)
+
+
+def _is_others(path: Path) -> bool:
+    """Whether a path is a single file and none of our runs' or exports'. Raises ValueError for one inside a run."""
+    if path.parent.parent.name == "checkpoints" and path.parent.name.startswith("step-") and path.is_file():
+        raise ValueError(f"{path} is a part of a run; give the run folder {path.parents[2]}")
+    if path.is_dir():
+        return (path / ".metadata").is_file() or any(path.glob("*.index.json"))
+    return path.name.endswith(".index.json") or (
+        path.is_file() and not (path.name in _EXPORT and (path.parent / "about.json").is_file())
+    )
+
+
 def load_backbone(path: str | Path, network: str = "teacher") -> Backbone:
     """The backbone of a run folder, an export, or a checkpoint file of others (`official.load`), in eval mode.
 
     Raises FileNotFoundError where there is none of them, ValueError for a file that is damaged or none we know.
     """
     path = Path(path)
-    if path.is_file() and not (path.name == _EXPORT[0] and (path.parent / "about.json").is_file()):
+    if path.name == _EXPORT[1] or _is_others(path):
         return official.load(path, network)
-    path = _check(path.parent if path.is_file() else path, network)
+    path = _check(path, network)
     if (path / "backbone.safetensors").is_file():
         config, tensors = json.loads((path / "about.json").read_text()), load_file(path / "backbone.safetensors")
     else:
@@ -317,6 +307,7 @@ def _check(path: str | Path, network: str) -> Path:
     if network not in ("teacher", "student"):
         raise ValueError(f"network={network!r}: choose 'teacher' or 'student'")
     path = Path(path)
+    path = path.parent if path.is_file() else path  # a file of an export
     exported = (path / "about.json").is_file() or (path / "head.safetensors").is_file()
     if network == "student" and exported:
         raise ValueError(f"{path} is an export, which holds the teacher only")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prototypes_lib import ranks
 from prototypes_lib.assignment import Chain
 from prototypes_lib.backbones import Backbone
-from prototypes_lib.blockwise import LogScores, cross_entropy, cross_entropy_of_views, entropies
+from prototypes_lib.blockwise import LogScores, cross_entropy, cross_entropy_of_views, entropies, largest
 from prototypes_lib.heads import Projector, Prototypes
 from prototypes_lib.methods import Method, at
 from prototypes_lib.objectives import alignment, over_views
@@ -45,12 +45,16 @@ class Step:
     """A step's loss (to differentiate), its parts, and meters: all 0-d tensors, read them when you can wait.
 
     Meters of a method with prototypes, in nats and of all ranks' rows: teacher_entropy, the mean entropy of the
-    targets; kl, the image term minus it; marginal_entropy, the entropy of the mean target.
+    targets; kl, the image term minus it; marginal_entropy, the entropy of the mean target; score_max, the largest
+    |<w, y>| / temperature of the student. Looked at together with them: codes, the teacher's of this rank's target
+    crops, and target, the mean of all ranks' targets.
     """
 
     loss: Float[Tensor, ""]
     parts: dict[str, Tensor]
     meters: dict[str, Tensor]
+    codes: Float[Tensor, "n dim"] | None = None
+    target: Float[Tensor, " k"] | None = None
 
 
 class Learner(nn.Module):
@@ -126,7 +130,7 @@ class Learner(nn.Module):
             t_codes = codes[: n_targets * len(views[0])].detach()
 
         w = self.student.prototypes.w if method.n_prototypes else None
-        image, measured = self._image_term(codes, w, t_codes, teacher_temp, epoch, meters)
+        image, measured, target = self._image_term(codes, w, t_codes, teacher_temp, epoch, meters)
         parts = {"image": image}
         loss = at(method.image_weight, progress) * image
         w_patch = w
@@ -159,7 +163,8 @@ class Learner(nn.Module):
             name = f"{getattr(function, 'func', function).__name__} on {place}"
             parts[name] = parts[name] + value if name in parts else value
             loss = loss + at(weight, progress) * value
-        return Step(loss, {k: v.detach() for k, v in parts.items()}, measured)
+        seen = (t_codes, target) if meters else ()
+        return Step(loss, {k: v.detach() for k, v in parts.items()}, measured, *seen)
 
     @torch.no_grad()
     def _teacher_codes(self, crops: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -173,22 +178,22 @@ class Learner(nn.Module):
 
     def _image_term(
         self, codes: Tensor, w: Tensor | None, t_codes: Tensor, temperature: float, epoch: float, meters: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy or alignment of all pairs of views, and the meters of its targets."""
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Cross-entropy or alignment of all pairs of views, the meters of its targets, and their mean."""
         method, first, n_targets = self.method, self.method.first_view, self.method.views.n_targets
         batch = len(t_codes) // n_targets
         predictions, t_codes = codes.unflatten(0, (-1, batch)), t_codes.unflatten(0, (n_targets, batch))
         if w is None:
-            return over_views(alignment, t_codes, list(predictions), first), {}
+            return over_views(alignment, t_codes, list(predictions), first), {}, None
         groups = t_codes[None] if method.joint_targets else t_codes[:, None]
-        image, measured = self._loss_of_views(predictions, w, groups, temperature, epoch, meters)
+        image, measured, target = self._loss_of_views(predictions, w, groups, temperature, epoch, meters)
         if meters:
             measured["kl"] = ranks.total(image.detach()) / ranks.world() - measured["teacher_entropy"]
-        return image, measured
+        return image, measured, target
 
     def _loss_of_views(
         self, predictions: Tensor, w: Tensor, groups: Tensor, temperature: float, epoch: float, meters: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """The image term with prototypes; each group of targets, (views, batch, dim), passes the links by itself."""
         method = self.method
         with torch.no_grad():
@@ -198,14 +203,16 @@ class Learner(nn.Module):
                 rows = group.flatten(0, 1) if self.queue is None else self.queue(i, group, epoch)
                 scores = _targets(self.chain, rows, teacher, temperature)
                 targets.append(scores.only(slice(group.shape[0] * group.shape[1])))
-            measured = {}
-            if meters:
-                measured["teacher_entropy"], measured["marginal_entropy"] = entropies(targets)
         student = affine(method.score, w, method.student_temp)
+        measured, target = {}, None
+        if meters:
+            measured["teacher_entropy"], measured["marginal_entropy"], target = entropies(targets)
+            rows = wide(student.scale * predictions.detach()).flatten(0, 1)
+            measured["score_max"] = largest(LogScores(rows, wide(student.slopes.detach())))
         image = cross_entropy_of_views(
             student.scale * predictions, student.slopes, student.offsets, targets, method.first_view
         )
-        return image, measured
+        return image, measured, target
 
     def _patch_term(
         self, codes: Tensor, w: Tensor | None, t_codes: Tensor, masked: Tensor, seen: Tensor, temperature: float

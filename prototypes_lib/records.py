@@ -1,6 +1,7 @@
 """What a run writes down: metrics as JSON lines and CSV, progress as text, and where and with what it ran."""
 
 import csv
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -16,46 +17,79 @@ from typing import Any
 import torch
 
 from prototypes_lib import __version__
+from prototypes_lib.collapse.diagnosis import Finding, diagnose
+from prototypes_lib.event_files import EventFiles
 from prototypes_lib.files.storage import clear_error, write_text
+
+HISTORY = 500  # rows that a diagnosis looks back
 
 
 class Log:
     """metrics.jsonl line by line, a line of progress at most every 10 s, metrics.csv and result.json at the end.
 
-    writes: False on all ranks but the first, which keep the rows only.
+    What `collapse.diagnose` finds wrong is said once of each kind, and a line of findings.jsonl; the run goes on.
+
+    writes: False on all ranks but the first, which keep the rows only. events: whether TensorBoard gets the rows, too.
     """
 
     def __init__(
-        self, folder: Path, name: str, steps: int, batch_size: int, k: int, progress: bool, writes: bool = True
+        self,
+        folder: Path,
+        name: str,
+        steps: int,
+        batch_size: int,
+        k: int,
+        progress: bool,
+        writes: bool = True,
+        events: bool = False,
     ):
         self.folder, self.name, self.steps, self.progress, self.writes = folder, name, steps, progress, writes
         self.batch_size, self.k = batch_size, k
         self.rows: list[dict[str, float]] = []
+        self.findings: list[dict[str, Any]] = []
+        self._events = EventFiles(folder / "tensorboard") if events and writes else None
         self._said = -math.inf
 
     def rewind(self, step: int) -> None:
         """Forget what was written after the checkpoint a run goes on from."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = [row for line in lines if (row := _parsed(line)) and row["step"] <= step]
+        self.rows = _up_to(step, self.folder / "metrics.jsonl")
+        self.findings = _up_to(step, self.folder / "findings.jsonl")
         if not self.writes:
             return
-        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_text(self.folder / "metrics.jsonl", _lines(self.rows))
+        if (self.folder / "findings.jsonl").exists():
+            write_text(self.folder / "findings.jsonl", _lines(self.findings))
+        if self._events:
+            self._events.start(self.rows)
 
     def write(self, row: dict[str, float]) -> None:
         self.rows.append(row)
         if not self.writes:
             return
-        path = self.folder / "metrics.jsonl"
+        self._append("metrics.jsonl", row)
+        if self._events:
+            self._events.write(row)
+        now = time.monotonic()
+        if self.progress and (now - self._said > 10 or row["step"] == self.steps):
+            self._said = now
+            print(self.line(row), flush=True)
+        for finding in diagnose(self.rows[-HISTORY:]):
+            if finding.kind not in {known["kind"] for known in self.findings}:
+                self._tell(finding)
+
+    def _tell(self, finding: Finding) -> None:
+        self.findings.append(dataclasses.asdict(finding))
+        self._append("findings.jsonl", self.findings[-1])
+        if self.progress:
+            print(f"{self.name}  {finding}", flush=True)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        path = self.folder / name
         try:
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise clear_error(path, error) from error
-        now = time.monotonic()
-        if self.progress and (now - self._said > 10 or row["step"] == self.steps):
-            self._said = now
-            print(self.line(row), flush=True)
 
     def sync(self) -> None:
         """Flush the metrics to the disk: a checkpoint must not outlive the rows before it."""
@@ -72,7 +106,8 @@ class Log:
         text = f"{self.name}  step {step}/{self.steps}  loss {row['loss']:.3f}"
         if self.k:
             text += (
-                f" (ln K {math.log(self.k):.3f})  teacher entropy {row['teacher_entropy']:.3f}  M {row['M']}/{self.k}"
+                f" (ln K {math.log(self.k):.3f})  teacher entropy {row['teacher_entropy']:.3f}"
+                f"  M {row.get('M', '?')}/{self.k}"
             )
         left = seconds / step * (self.steps - step)
         return f"{text}  {step * self.batch_size / seconds:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
@@ -88,8 +123,22 @@ class Log:
         write_text(self.folder / "metrics.csv", table.getvalue())
         write_text(self.folder / "result.json", json.dumps(summary, indent=2))
 
+    def close(self) -> None:
+        if self._events:
+            self._events.close()
 
-def _parsed(line: str) -> dict[str, float] | None:
+
+def _up_to(step: int, path: Path) -> list[dict[str, Any]]:
+    """A file's lines of no later step."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for line in lines if (row := _parsed(line)) and row["step"] <= step]
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
     """A line of metrics, or nothing for one that was cut off by a crash (then it lies after the checkpoint)."""
     try:
         return json.loads(line)

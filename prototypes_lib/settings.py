@@ -19,6 +19,7 @@ _CHOICES = {
 
 # settings of the machine and not of the experiment: they decide no record, up to rounding
 MACHINE = ("device", "out", "progress", "root", "checkpoint_epochs", "compile", "recompute", "shard", "workers")
+MACHINE += ("tensorboard",)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Run:
     checkpoint_epochs: float = 5.0  # a checkpoint every so many epochs
     monitor_steps: int = 50  # M and a line of metrics every so many steps
     progress: bool = True  # print a line every ten seconds
+    tensorboard: bool = False  # event files for TensorBoard, too, in the run folder
 
     def __post_init__(self):
         for name in ("data", "root", "out"):  # a Path is as good

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from prototypes_lib import __version__, checkpoints, distributed
+from prototypes_lib import __version__, checkpoints, distributed, event_files
 from prototypes_lib import ranks as among
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.data import Images, check_batch, load
@@ -147,6 +147,8 @@ def _train(
     method: Method, run: Run, name: str, stop_after: int | None, device: torch.device, watch: Watch, signals: Signals
 ) -> Result:
     first = among.rank() == 0
+    if run.tensorboard:
+        event_files.check()
     images = _images(run, first)
     check_batch(images, run.batch_size)
     what = config(method, run, name, images)
@@ -167,7 +169,10 @@ def _train(
         if done is not None:
             state = checkpoints.load(folder, done, *sharding.to_load(learner, optimizer), what["hash"])
         trainer = Trainer(learner, model, optimizer, run, images, folder, device, state)
-        log = Log(folder, name, trainer.steps, run.batch_size, method.n_prototypes, run.progress and first, first)
+        log = Log(
+            folder, name, trainer.steps, run.batch_size, method.n_prototypes, run.progress and first, first,
+            run.tensorboard,
+        )  # fmt: skip
         if first:
             write_text(folder / "config.json", json.dumps(what | {"environment": environment(device)}, indent=2))
         log.rewind(trainer.done)
@@ -177,7 +182,7 @@ def _train(
         def save(hurry: bool = False) -> None:
             trainer.check_weights()
             state = {"step": trainer.done, "hash": what["hash"], "precision": trainer.precision, "bad": trainer.bad}
-            state |= {"skipped": trainer.skipped, "seconds": clock.seconds()}
+            state |= {"skipped": trainer.skipped, "seconds": clock.seconds(), "meters": trainer.meters.state()}
             whole = sharding.to_save(learner, optimizer)
             with watch.busy():
                 if first:
@@ -188,6 +193,7 @@ def _train(
             _loop(trainer, log, clock, last, save, watch, signals)
         finally:
             trainer.batches.close()
+            log.close()
         if last < trainer.steps:
             return Result(folder, name, tuple(log.rows), {})
         if not log.rows:
@@ -197,6 +203,7 @@ def _train(
             "name": name, "hash": what["hash"], "steps": trainer.steps, "seconds": seconds,
             "images_per_second": trainer.steps * run.batch_size / seconds, "precision": trainer.precision,
             "processes": among.world(), "skipped_steps": trainer.skipped, "last": log.rows[-1],
+            "findings": log.findings,
             "environment": environment(device),
         }  # fmt: skip
         log.finish(summary)

@@ -5,6 +5,7 @@ still, and what a forward pass writes on the way (centers, queue, BatchNorm's st
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from prototypes_lib import distributed, ranks, schedules, stochastic_depth
 from prototypes_lib.batches import Batches, number
-from prototypes_lib.collapse import unique_prototypes
 from prototypes_lib.data import Images
 from prototypes_lib.distributed import sharding
 from prototypes_lib.files.storage import write_text
 from prototypes_lib.interrupts import Signals
 from prototypes_lib.learner import Learner, Step
+from prototypes_lib.meters import Meters, grad_norm
 from prototypes_lib.optimizers import clip_gradients
 from prototypes_lib.settings import Run
 
@@ -83,6 +84,7 @@ class Trainer:
             heat.start, heat.end, steps, round(heat.epochs * self.steps_per_epoch)
         )
         self.batches = Batches(images, run, method, learner.student.backbone.grid(run.image_size), device)
+        self.meters = Meters(learner, run.monitor_steps, state.get("meters"))
         self._before: list[tuple[Tensor, Tensor]] | None = None
         self.precision = state.get("precision") or self._rehearse()
 
@@ -111,16 +113,17 @@ class Trainer:
             with distributed.part(self.model, last=part + 1 == run.accumulate):
                 out = self.forward(views, masks, step, part, meters=look)
                 (out.loss / run.accumulate).backward()
-            outs.append(Step(out.loss.detach(), out.parts, out.meters))
+            outs.append(dataclasses.replace(out, loss=out.loss.detach()))
         bad, stop = self._agree(outs, signals is not None and signals.asked is not None)
         with signals.whole() if signals else contextlib.nullcontext():
+            norm = grad_norm(self.learner.student) if look and not bad else 0.0  # before it is clipped
             if bad:
                 self._skip(step, outs)
             else:
                 self._move(step)
                 self._before, self.bad = None, 0
             self.done = step + 1
-            write(self._metrics(step, outs) if look and not bad else None)
+            write(self._metrics(step, outs, norm) if look and not bad else None)
         return stop
 
     def undo(self) -> None:
@@ -214,18 +217,9 @@ class Trainer:
         if not bool(torch.stack(weights).isfinite().all()):
             raise Diverged(self.done, self.folder, ("weights",))
 
-    def _metrics(self, step: int, outs: list[Step]) -> dict[str, float]:
-        """The means over parts and ranks, and what is counted on the weights."""
-        rows = [{"loss": out.loss} | out.parts | out.meters for out in outs]
-        means = torch.stack([torch.stack([row[k].float() for row in rows]).mean() for k in rows[0]])
-        means = ranks.total(means) / ranks.world()
-        metrics = {"step": step + 1} | dict(zip(rows[0], means.tolist(), strict=True))
-        teacher = self.learner.teacher
-        if self.learner.method.n_prototypes:
-            metrics["M"] = unique_prototypes(sharding.whole(teacher.prototypes.w)).count
-        if teacher.patch_prototypes is not None:
-            metrics["M_patches"] = unique_prototypes(sharding.whole(teacher.patch_prototypes.w)).count
-        return metrics | {"lr": float(self.lr[step]), "teacher_temp": float(self.temperature[step])}
+    def _metrics(self, step: int, outs: list[Step], norm: float) -> dict[str, float]:
+        row = self.meters.row(step + 1, outs) | {"grad_norm": norm}
+        return row | {"lr": float(self.lr[step]), "teacher_temp": float(self.temperature[step])}
 
     def _rehearse(self) -> str:
         """A step on the first batch that leaves no trace: what cannot work fails now; "auto" times both precisions."""

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prototypes_lib import scores
 from prototypes_lib.assignment import Center, Chain, Normalize, ProbabilityCenter, Sinkhorn
-from prototypes_lib.blockwise import LogScores, cross_entropy, cross_entropy_of_views, entropies
+from prototypes_lib.blockwise import LogScores, cross_entropy, cross_entropy_of_views, entropies, largest
 from prototypes_lib.objectives import cross_entropy as dense_cross_entropy
 from prototypes_lib.objectives import entropy, over_views
 
@@ -105,8 +105,15 @@ def test_targets_in_several_pieces_are_the_targets_in_one():
 def test_entropies_are_those_of_the_distributions_and_of_their_mean():
     targets = LogScores(5 * normal(6, 9), block=20)
     q = torch.softmax(targets.matrix(), -1)
-    mean, marginal = entropies([targets])
+    mean, marginal, p = entropies([targets])
     assert torch.allclose(mean, entropy(q).mean()) and torch.allclose(marginal, entropy(q.mean(0)))
+    assert torch.allclose(p, q.mean(0), rtol=1e-12)
+
+
+def test_the_largest_score_is_found_in_whatever_block_it_stands():
+    scores = LogScores(codes(6, 3), 9 * normal(8, 3, seed=1), block=16)
+    assert len(scores.spans()) == 3 and torch.allclose(largest(scores), scores.matrix().abs().max())
+    assert largest(scores.only(slice(0))) == 0
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 12), st.integers(0, 10**6))

@@ -1,4 +1,4 @@
-"""The command line: prototypes run | train | evaluate | doctor | export | data, each with --help.
+"""The command line: prototypes run | train | evaluate | doctor | watch | export | data, each with --help.
 
 A wrong request ends with status 2 and one line on stderr, before any work.
 """
@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from prototypes_lib.cli import evaluation
-from prototypes_lib.cli.commands import IMAGENET, data, doctor, export, paper_run_named, run, train
+from prototypes_lib.cli.commands import IMAGENET, data, export, paper_run_named, run, train
+from prototypes_lib.cli.doctor import doctor
+from prototypes_lib.cli.watch import watch
 from prototypes_lib.interrupts import Interrupted
 from prototypes_lib.settings import Run
 
@@ -28,7 +30,8 @@ def evaluate() -> int:
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    "run": run, "train": train, "evaluate": evaluate, "doctor": doctor, "export": export, "data": data,
+    "run": run, "train": train, "evaluate": evaluate, "doctor": doctor, "watch": watch, "export": export,
+    "data": data,
 }  # fmt: skip
 EVALUATE: dict[str, Callable[..., int]] = evaluation.VERBS
 

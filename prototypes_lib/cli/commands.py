@@ -1,10 +1,10 @@
-"""The commands that are not `evaluate`: run, train, doctor, export, data."""
+"""The commands without a file of their own: run, train, export, data."""
 
 import ast
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
@@ -123,28 +123,6 @@ def _paper_runs() -> str:
         what = f"{run.data}, {run.backbone}, {run.epochs:.0f} epochs, batch {run.batch_size}"
         lines.append(f"{name:28s} {what}\n{'':28s} {paper.source}")
     return "\n".join(lines)
-
-
-def doctor(path: Positional[Path], eps: float = 0.025, network: Literal["teacher", "student"] = "teacher") -> int:
-    """How many prototypes of a run or an export are unique, under every reading of the definition.
-
-    Args:
-        path: a run folder or an export.
-        eps: cosine distance below which two prototypes are copies.
-        network: whose prototypes; an export holds the teacher's.
-    """
-    from prototypes_lib import checkpoints, collapse
-
-    w = checkpoints.load_prototypes(path, network)
-    unique = collapse.unique_prototypes(w, eps)
-    low, high = collapse.unique_range(w, eps)
-    kappa = w.norm(dim=-1)
-    print(f"K = {len(w)} prototypes of dimension {w.shape[1]} ({network})")
-    print(f"M = {unique.count} unique at 1 - cos < {eps} ({unique.share:.1%} of K), index order")
-    print(f"    other orders give {low} to {high}; {collapse.connected_components(w, eps)} connected components")
-    print(f"largest group of copies: {int(unique.redundancy.max())}")
-    print(f"lengths |w|: {float(kappa.min()):.3f} to {float(kappa.max()):.3f}, median {float(kappa.median()):.3f}")
-    return 0
 
 
 def export(

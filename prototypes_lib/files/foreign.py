@@ -21,11 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
-def read_pickle(path: str | Path) -> dict[Any, Any]:
+def read_pickle(path: str | Path, on_disk: bool = False) -> dict[Any, Any]:
     """A checkpoint file of others (.pth, .pt, .pth.tar, .bin; or .safetensors) as a dictionary of CPU tensors and data.
 
-    Command-line arguments (argparse.Namespace) become dictionaries, paths text, NumPy numbers and arrays of numbers
-    are rebuilt from their bytes by code of ours.
+    What it is follows from its content, not from its name. Command-line arguments (argparse.Namespace) become
+    dictionaries, paths text, NumPy numbers and arrays of numbers are rebuilt from their bytes by code of ours. A zip
+    file's checksums are compared, which torch does not do. on_disk: tensors of such files stay there until they are
+    used; they must not be written to.
 
     Raises FileNotFoundError without that file, ValueError, one line, for one that is empty, cut off, no checkpoint, or
     asks for anything else; it is then named.
@@ -36,7 +38,9 @@ def read_pickle(path: str | Path) -> dict[Any, Any]:
     size = path.stat().st_size
     if not size:
         raise ValueError(f"{path} is empty; fetch it again")
-    if path.suffix == ".safetensors":
+    if kind := _is_something_else(path):
+        raise ValueError(f"{path} is {kind}")
+    if _is_safetensors(path):
         try:
             return dict(load_file(path))
         except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -45,7 +49,7 @@ def read_pickle(path: str | Path) -> dict[Any, Any]:
         _check_container(path, size)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
             warnings.simplefilter("ignore")  # of protocols and old storages; what cannot be read is an error
-            content = _plain(torch.load(path, map_location="cpu", weights_only=True, mmap=False), size)
+            content = _plain(_loaded(path, on_disk), size)
     except Exception as error:  # whatever a hostile file makes the reader stumble over is a refusal
         raise ValueError(f"{path} is refused: {_reason(error, path)}") from error
     if not isinstance(content, dict):
@@ -53,8 +57,38 @@ def read_pickle(path: str | Path) -> dict[Any, Any]:
     return content
 
 
+def _loaded(path: Path, on_disk: bool) -> Any:
+    if on_disk and zipfile.is_zipfile(path) and path.suffix != ".safetensors":  # torch goes by that suffix
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file starts as safetensors do, with a length and JSON; a damaged one is told by its suffix."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[:4] == b"PK\3\4" or head[:1] == b"\x80":  # a zip file, a pickle
+        return head[8:9] == b"{" and head[4:8] == bytes(4)
+    return path.suffix == ".safetensors" or (head[8:9] == b"{" and head[4:8] == bytes(4))
+
+
+def _is_something_else(path: Path) -> str:
+    """What a download that went wrong has left, "" for none of these."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a page of the web, no checkpoint; fetch it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, no checkpoint; fetch the file itself (git lfs pull)"
+    if head.startswith(b"\x1f\x8b"):
+        return "compressed (gzip); unpack it first"
+    return ""
+
+
 def _check_container(path: Path, size: int) -> None:
-    """Refuse zip files that torch would not have written: compressed (a bomb, perhaps) or with doubled names."""
+    """Refuse zip files that torch would not have written: compressed (a bomb, perhaps), with doubled names, damaged."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as file:
@@ -63,6 +97,19 @@ def _check_container(path: Path, size: int) -> None:
             raise ValueError("its parts are compressed, which torch never does")
         if len({info.filename for info in infos}) < len(infos):
             raise ValueError("two of its parts have one name")
+        bad = [info.filename for info in infos if not _whole(file, info)]
+        if 0 < len(bad) < len(infos):  # all of them: torch was told to write no checksums
+            raise ValueError(f"{bad[0]} in it is damaged, by its checksum; fetch it again")
+
+
+def _whole(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    try:
+        with file.open(info) as part:
+            while part.read(2**20):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 class _Settings:

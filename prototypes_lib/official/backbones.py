@@ -6,7 +6,7 @@ every tensor must find its place: what is left over is an error, never silence.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,8 @@ from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
 from prototypes_lib.backbones import Backbone
-from prototypes_lib.files import foreign
+from prototypes_lib.official import contents
 
-_NETWORKS = {"teacher": ("teacher", "target_encoder"), "student": ("student", "encoder")}  # the latter are MSN's
-_BOXES = ("state_dict", "model")  # around the only network of a file
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of DDP, compile, FSDP
 _HEADS = {"head", "fc", "dino_head", "ibot_head", "projection_head", "prototypes", "last_layer"}
 _RENAMED = (
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 keeps blocks in chunks, counted through
@@ -60,9 +57,9 @@ def load(
     that holds no such backbone or not this network, and for tensors that are left over, missing or of another shape.
     """
     path = Path(path)
-    if network not in _NETWORKS:
+    if network not in contents.NETWORKS:
         raise ValueError(f"network={network!r}: choose 'teacher' or 'student'")
-    tensors = _backbone_of(_weights(path, foreign.read_pickle(path), network), path)
+    tensors = _backbone_of(contents.choose(path, contents.networks(path, contents.read(path)), network), path)
     mask_token = tensors.pop("mask_token", None)
     try:
         if "register_tokens" in tensors:
@@ -88,35 +85,13 @@ def load(
     return backbone.eval()
 
 
-def _weights(path: Path, content: Mapping[str, Any], network: str) -> dict[str, Tensor]:
-    """One network's tensors, out of the boxes they come in."""
-    chosen = False
-    for _ in range(4):
-        held = {n: key for n, keys in _NETWORKS.items() for key in keys if isinstance(content.get(key), Mapping)}
-        box = next((key for key in _BOXES if isinstance(content.get(key), Mapping)), None)
-        if held and network not in held:
-            raise ValueError(f"{path} holds no {network}, only the {next(iter(held))}")
-        if not held and box is None:
-            break
-        content, chosen = content[held[network] if held else box], chosen or bool(held)
-    if network == "student" and not chosen:
-        raise ValueError(f"{path} holds a single network, which is taken for the teacher, and no student")
-    tensors = {name: x for name, x in content.items() if isinstance(name, str) and isinstance(x, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors where weights should be, only {_some(content, 'entries')}")
-    return tensors
-
-
-def _backbone_of(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _backbone_of(bare: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The backbone's tensors in float32 under timm's names, heads left out."""
-    if any("flat_param" in name for name in tensors):
-        raise ValueError(f"{path} is one process's share of an FSDP run; take its consolidated teacher_checkpoint.pth")
-    bare = {".".join(part for part in name.split(".") if part not in _WRAPPERS): x for name, x in tensors.items()}
     inner = [name for name in bare if name.startswith("backbone.")]
     if inner:
         extra = [name for name in bare if not name.startswith("backbone.") and name.split(".")[0] not in _HEADS]
         if extra:
-            raise ValueError(f"{path} holds {_some(extra)} beside its backbone, which no known checkpoint does")
+            raise ValueError(f"{path} holds {contents.some(extra)} beside its backbone, which no known checkpoint does")
         bare = {name.removeprefix("backbone."): bare[name] for name in inner}
     if any(name.startswith("embeddings.") for name in bare):
         raise ValueError(f"{path} has the names of the transformers package; take the authors' own file or timm's")
@@ -144,7 +119,8 @@ def _architecture(tensors: Mapping[str, Tensor]) -> tuple[str, int, dict[str, An
         return _transformer(tensors)
     stages = [{n.split(".")[1] for n in tensors if n.startswith(f"layer{i}.")} for i in range(1, 5)]
     if not all(stages):
-        raise ValueError(f"no vision transformer with a class token and no ResNet is in it; it holds {_some(tensors)}")
+        held = contents.some(tensors)
+        raise ValueError(f"no vision transformer with a class token and no ResNet is in it; it holds {held}")
     kind = ("layer1.0.conv3.weight" in tensors, tuple(map(len, stages)))
     return _RESNETS.get(kind, ""), 32 if kind[1] == (1, 1, 1, 1) else 224, {}
 
@@ -187,7 +163,7 @@ def _transformer(tensors: Mapping[str, Tensor]) -> tuple[str, int, dict[str, Any
 
 def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(f"{name} is missing; it holds {_some(tensors)}")
+        raise ValueError(f"{name} is missing; it holds {contents.some(tensors)}")
     if tensors[name].ndim != ndim or not tensors[name].numel():
         raise ValueError(f"{name} of shape {tuple(tensors[name].shape)} is not a plain vision transformer's")
     return tuple(tensors[name].shape)
@@ -197,17 +173,11 @@ def _fill(backbone: Backbone, tensors: Mapping[str, Tensor], path: Path) -> None
     network = next(backbone.children())  # vit or cnn
     wanted = network.state_dict()
     if extra := [name for name in tensors if name not in wanted]:
-        raise ValueError(f"{path}: {_some(extra)} have no place in {backbone.name}; is that its name=?")
+        raise ValueError(f"{path}: {contents.some(extra)} have no place in {backbone.name}; is that its name=?")
     if missing := [n for n in wanted if n not in tensors and not n.endswith("num_batches_tracked")]:
-        raise ValueError(f"{path}: {_some(missing)} of {backbone.name} are missing; is that its name=?")
+        raise ValueError(f"{path}: {contents.some(missing)} of {backbone.name} are missing; is that its name=?")
     for name, x in tensors.items():
         if x.shape != wanted[name].shape:
             here, there = tuple(x.shape), tuple(wanted[name].shape)
             raise ValueError(f"{path}: {name} is {here}, {backbone.name} has {there}; is that its name=?")
     network.load_state_dict(tensors, strict=False)  # all are there but, in old files, a ResNet's count of batches
-
-
-def _some(names: Iterable[Any], what: str = "tensors") -> str:
-    names = list(names)
-    shown = ", ".join(str(name)[:80] for name in names[:3])
-    return f"{len(names)} {what} ({shown}{', ...' if len(names) > 3 else ''})"

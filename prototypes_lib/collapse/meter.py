@@ -1,0 +1,441 @@
+"""The meter of collapse for anyone's training loop: what to measure, when, and the words for it."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from prototypes_lib import ranks
+from prototypes_lib.collapse.diagnosis import Finding, diagnose
+from prototypes_lib.collapse.marginal import void_set
+from prototypes_lib.collapse.unique import unique_prototypes
+from prototypes_lib.objectives import entropy
+from prototypes_lib.precision import wide, without_autocast
+from prototypes_lib.regularizers import coding_rate
+
+Prototypes = Tensor | nn.Module
+Lazy = Tensor | Callable[[], Tensor]  # what a step may be spared from computing where it is not measured
+
+_BLOCK = 2**22  # entries of the targets handled at once: a batch of 512 with K = 65,536 needs little beside itself
+_SAMPLE = 2**16  # entries of each parameter that movement is measured on
+_M_SHARE = 20  # counting M takes at most one part in so many of a loop's time, where `m_every` does not say
+
+
+@torch.no_grad()
+@without_autocast
+def measures_of_targets(
+    targets: Float[Tensor, "*batch k"], *, log_scores: bool = False
+) -> tuple[dict[str, float], Float[Tensor, " k"]]:
+    """teacher_entropy, marginal_entropy and k of targets, in nats, and their mean; with log_scores also score_max.
+
+    Args: targets: probabilities whose rows sum to one or, with log_scores, scores whose softmax they are.
+    Raises ValueError without a target, and where probabilities are negative or do not sum to one (within 1 %).
+    """
+    rows = targets.reshape(-1, targets.shape[-1])
+    if not rows.numel():
+        raise ValueError(f"targets of shape {tuple(targets.shape)}: nothing to measure")
+    n, k = rows.shape
+    entropies, mass, peaks = [], 0.0, []
+    for block in rows.split(max(1, _BLOCK // k)):
+        p = wide(block)
+        if log_scores:
+            # -inf is the score of a prototype that nobody can reach; anything else that is not finite is a divergence
+            peaks.append(torch.where(p == -torch.inf, 0.0, p.abs()).amax())
+            p = torch.softmax(p, -1)
+        else:
+            _check_distributions(p)
+        entropies.append(entropy(p))
+        mass = mass + p.sum(0)
+    mean = mass / n
+    row = {"k": float(k), "teacher_entropy": float(torch.cat(entropies).mean()), "marginal_entropy": float(entropy(mean))}
+    if log_scores:
+        row["score_max"] = float(torch.stack(peaks).amax())
+    return row, mean
+
+
+def _check_distributions(p: Tensor) -> None:
+    sums, low = p.sum(-1), float(p.amin())
+    worst = float(sums[(sums - 1).abs().argmax()])  # not a number, if there is one: that is for the diagnosis
+    if low < 0:
+        raise ValueError(f"targets hold {low:.3g}: probabilities are not negative; pass scores as log_scores=...")
+    if math.isfinite(worst) and abs(worst - 1) > 0.01:  # half precision stays within it
+        raise ValueError(
+            f"a row of the targets sums to {worst:.4g}, not 1: the last dimension must be the prototypes; "
+            "pass scores as log_scores=..."
+        )
+
+
+@torch.no_grad()
+@without_autocast
+def measures_of_prototypes(w: Float[Tensor, "k dim"], eps: float = 0.025, count: bool = True) -> dict[str, float]:
+    """k, M (where `count`: it takes seconds for 65,536), quantiles of |w| as kappa_05, kappa_50, kappa_95.
+
+    vMF, section 3.3: DINO's prototypes are vMF components of precision |w| / tau; with weight normalization and norms
+    that are not trained all are 1. M is of `unique_prototypes`, 0 where a prototype has no direction or is not finite.
+    """
+    w = wide(w)
+    lengths = torch.linalg.vector_norm(w, dim=-1)
+    levels = torch.quantile(lengths.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64, device=w.device))
+    row = {"k": float(len(w))} | dict(zip(("kappa_05", "kappa_50", "kappa_95"), levels.tolist(), strict=True))
+    if count:
+        sound = bool((torch.isfinite(lengths) & (lengths > 0)).all())
+        row["M"] = float(unique_prototypes(w, eps).count) if sound else 0.0
+    return row
+
+
+@torch.no_grad()
+def measures_of_codes(codes: Float[Tensor, "*batch dim"], eps: float = 0.05**0.5) -> dict[str, float]:
+    """code_dim, effective_rank and coding_rate of one process's codes.
+
+    effective_rank is exp(-sum_i l_i log l_i), l the eigenvalues of Z^T Z over their sum (Roy and Vetterli, 2007, who
+    take singular values): 1 where all codes are one, up to p where they fill the sphere. coding_rate is Sim, Eq. 8;
+    eps defaults to what SimDINO's released code uses.
+    """
+    z = wide(codes.reshape(-1, codes.shape[-1]))
+    if not len(z):
+        raise ValueError("no codes: nothing to measure")
+    row = {"code_dim": float(z.shape[1]), "effective_rank": math.nan, "coding_rate": math.nan}
+    if bool(torch.isfinite(z).all()):
+        with ranks.alone():  # a meter may run on one process of many
+            row["coding_rate"] = float(coding_rate(z, eps))
+        row["effective_rank"] = _effective_rank(z)
+    return row
+
+
+def _effective_rank(z: Tensor) -> float:
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.double() / z.abs().amax().clamp_min(1e-30)
+        shares = torch.linalg.eigvalsh(z.T @ z if len(z) > z.shape[1] else z @ z.T).clamp_min(0)
+    total = shares.sum()
+    return float(entropy(shares / total).exp()) if total > 0 else 0.0
+
+
+@torch.no_grad()
+def void_share(w: Float[Tensor, "k dim"], codes: Float[Tensor, "*batch dim"], eps: float = 0.025) -> float | None:
+    """Share of the prototypes in the void set of these codes (vMF, section 5.2); None where their mean has no direction."""
+    try:
+        return void_set(w, codes.reshape(-1, codes.shape[-1]), eps).count / len(w)
+    except ValueError:
+        return None
+
+
+@torch.no_grad()
+def measures_of_student(student: nn.Module) -> dict[str, float]:
+    """weight_max, the largest |weight|, and grad_norm, the global norm of the gradients where there are any."""
+    weights = [p.detach() for p in student.parameters() if p.numel()]
+    gradients = [p.grad.detach() for p in student.parameters() if p.grad is not None]
+    row = {}
+    if weights:
+        row["weight_max"] = float(torch.stack([w.abs().amax().float() for w in weights]).amax())
+    if gradients:  # in double precision: the square of a norm that is about to overflow overflows before it
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=wide(g.new_empty(0)).dtype).double() for g in gradients])
+        row["grad_norm"] = float(torch.linalg.vector_norm(norms))
+    return row
+
+
+class Movement:
+    """How far the teacher moved since the last look, how far it lags behind the student, whether they are one.
+
+    Parameters only, on at most 65,536 evenly spaced entries of each, so that a teacher need not be kept twice. Passing
+    no `student` leaves out the lag.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, teacher: nn.Module, student: nn.Module | None = None, shared_by_design: Iterable[Tensor] = ()
+    ) -> dict[str, float]:
+        """teacher_moved |t - t_before| / |t|, teacher_lag |t - s| / |s|, shared_memory 1.0 or 0.0.
+
+        shared_by_design: parameters that both may hold (SwAV's and MSN's prototypes). Parameters that the student does
+        not train may be shared, too, unless all are.
+        """
+        row, now = {}, [_sample(p).clone() for p in teacher.parameters()]
+        if self._before is not None and len(self._before) == len(now):
+            row["teacher_moved"] = _relative(now, self._before, now)
+        self._before = now
+        if student is not None:
+            ours = [_sample(p) for p in student.parameters()]
+            if [x.shape for x in ours] == [x.shape for x in now]:
+                row["teacher_lag"] = _relative(now, ours, ours)
+            row["shared_memory"] = float(_share_memory(teacher, student, shared_by_design))
+        return row
+
+
+def _sample(p: Tensor) -> Tensor:
+    flat = p.detach().reshape(-1)
+    return wide(flat[:: max(1, -(-flat.numel() // _SAMPLE))])
+
+
+def _relative(a: list[Tensor], b: list[Tensor], scale: list[Tensor]) -> float:
+    def size(tensors: list[Tensor]) -> float:
+        return math.hypot(*(float(n) for n in torch._foreach_norm(tensors))) if tensors else 0.0
+
+    length = size(scale)
+    return size([x - y.to(x.device) for x, y in zip(a, b, strict=True)]) / length if length else 0.0
+
+
+def _share_memory(teacher: nn.Module, student: nn.Module, by_design: Iterable[Tensor]) -> bool:
+    allowed = {p.data_ptr() for p in by_design}
+    theirs = {p.data_ptr() for p in teacher.parameters()} - {0}
+    ours = [p for p in student.parameters() if p.data_ptr() not in allowed and p.data_ptr()]
+    shared = [p for p in ours if p.data_ptr() in theirs]
+    return bool(shared) and (len(shared) == len(ours) or any(p.requires_grad for p in shared))
+
+
+def weights_of(prototypes: Prototypes) -> Float[Tensor, "k dim"]:
+    """The prototypes as the scores use them, one a row, detached: of a tensor or of any kind of last layer.
+
+    Modules: `.w` (ours), `.weight` (nn.Linear, also with `parametrizations.weight_norm`), and the older `weight_norm`,
+    whose `.weight` is that of the last forward pass: w = g v / |v| is computed from weight_g and weight_v.
+    """
+    with torch.no_grad():
+        if isinstance(prototypes, Tensor):
+            w = prototypes
+        elif isinstance(w := getattr(prototypes, "w", None), Tensor):
+            pass
+        elif hasattr(prototypes, "weight_g") and hasattr(prototypes, "weight_v"):
+            v, g = wide(prototypes.weight_v), wide(prototypes.weight_g)
+            dims = [d for d in range(v.ndim) if not g.ndim or g.shape[d] == 1]
+            w = v * (g / torch.linalg.vector_norm(v, dim=dims, keepdim=True))
+        else:
+            w = getattr(prototypes, "weight", None)
+        if not isinstance(w, Tensor) or w.ndim != 2 or not w.numel():
+            found = f"a tensor of shape {tuple(w.shape)}" if isinstance(w, Tensor) else type(prototypes).__name__
+            raise ValueError(f"{found} holds no prototypes: pass a (k, p) tensor or a last layer that has .weight")
+        return w.detach()
+
+
+class Meter:
+    """Watches a training loop, anyone's, and says what goes wrong: three lines.
+
+        meter = collapse.Meter(every=20)
+        meter.update(loss, log_scores=(teacher_out - center) / teacher_temp, prototypes=teacher.head.last_layer,
+                     codes=teacher_codes, student=student, teacher=teacher)  # each step, after the backward pass
+        print(meter)
+
+    `rows` are plain dicts of floats under the names of metrics.jsonl, absent where there was nothing to measure them on;
+    `findings` all that was found so far, each kind once. Nothing of the training is changed or kept alive.
+
+    Args:
+        every: steps from row to row. A run that diverges does so in between: there is a row, too, where the loss is 1.5
+            times the largest before it or not finite (on an accelerator a step or more later, because nobody waits for
+            it), and ten times as many while the largest weight doubles within `every` steps.
+        eps: cosine distance of near-copies and of the void set. momentum: of the running marginal, row to row.
+        m_every: steps between two counts of M, a multiple of `every`; by default in as many rows as fit in a twentieth
+            of the loop's time (seconds for K = 65,536 on a CPU).
+        coding_eps: eps of the coding rate. say: is given each finding once, when it appears; None for silence.
+    """
+
+    def __init__(
+        self,
+        every: int = 20,
+        eps: float = 0.025,
+        momentum: float = 0.9,
+        say: Callable[[str], object] | None = print,
+        *,
+        m_every: int | None = None,
+        coding_eps: float = 0.05**0.5,
+    ):
+        if every < 1 or (m_every is not None and m_every < 1) or not 0 <= momentum < 1 or not 0 < eps <= 2:
+            raise ValueError(
+                f"every={every}, m_every={m_every}, momentum={momentum}, eps={eps}: need steps of at least 1, "
+                "a momentum in [0, 1) and a cosine distance in (0, 2]"
+            )
+        self.every, self.eps, self.momentum, self.say = every, eps, momentum, say
+        self.m_every, self.coding_eps = m_every, coding_eps
+        self.rows: list[dict[str, float]] = []
+        self.findings: list[Finding] = []
+        self._updates, self._step = 0, 0
+        self._movement, self._running, self._losses = Movement(), None, _Losses()
+        self._m_due, self._m_step, self._look_again = -math.inf, -math.inf, math.inf
+
+    def update(
+        self,
+        loss: float | Tensor,
+        targets: Lazy | None = None,
+        *,
+        log_scores: Lazy | None = None,
+        prototypes: Prototypes | None = None,
+        student_prototypes: Prototypes | None = None,
+        codes: Lazy | None = None,
+        student: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        image: float | Tensor | None = None,
+        step: int | None = None,
+    ) -> tuple[Finding, ...]:
+        """Look at one step; returns what is newly found. Microseconds where there is no row due.
+
+        Call it each step after the backward pass (before clipping, unscaling done: grad_norm is what it finds).
+
+        Args:
+            loss: of the step. image: its cross-entropy alone where it has other terms: kl is that minus the entropy.
+            targets: (.., k) probabilities; or log_scores: (.., k), whose softmax they are, centered and divided by the
+                temperature. Rows of all views; a function of no arguments is called only where a row is due.
+            prototypes, student_prototypes: the teacher's and the student's, see `weights_of`.
+            codes: (.., p) the teacher's, tensor or function.
+            student, teacher: modules with parameters in the same order; no teacher where there is no EMA of one.
+            step: of the run, where it is not the number of the update.
+
+        Raises:
+            ValueError: targets not summing to one, or not as many as prototypes; nothing to measure.
+        """
+        given = (targets, log_scores, prototypes, student_prototypes, codes, student, teacher)
+        if all(x is None for x in given):
+            raise ValueError("nothing to measure: pass targets or log_scores, prototypes, codes, or student and teacher")
+        if targets is not None and log_scores is not None:
+            raise ValueError("targets or log_scores, not both: they are the same thing before and after the softmax")
+        self._updates += 1
+        self._step = self._updates if step is None else int(step)
+        alarm = self._losses.alarming(loss) or self._updates >= self._look_again
+        if not (alarm or self._updates == 1 or self._updates % self.every == 0):
+            return ()
+        row = {"step": float(self._step), "loss": _number(loss)}
+        if image is not None:
+            row["image"] = _number(image)
+        if targets is not None or log_scores is not None:
+            row |= self._of_targets(_now(targets if log_scores is None else log_scores), log_scores is not None, row)
+        row |= self._of_prototypes(prototypes, student_prototypes, _now(codes), row)
+        if student is not None:
+            row |= measures_of_student(student)
+        if teacher is not None:
+            by_design = [p for x in (prototypes, student_prototypes) if x is not None for p in _parameters(x)]
+            row |= self._movement(teacher, student, by_design)
+        return self._add(row)
+
+    def _of_targets(self, targets: Tensor, scores: bool, row: Mapping[str, float]) -> dict[str, float]:
+        measured, mean = measures_of_targets(targets.detach(), log_scores=scores)
+        if self._running is None or self._running.shape != mean.shape:
+            self._running = mean
+        elif bool(torch.isfinite(mean).all()):
+            self._running = torch.lerp(mean, self._running.to(mean), self.momentum)
+        measured["running_marginal_entropy"] = float(entropy(self._running))
+        measured["kl"] = row.get("image", row["loss"]) - measured["teacher_entropy"]
+        return measured
+
+    def _of_prototypes(
+        self, teacher: Prototypes | None, student: Prototypes | None, codes: Tensor | None, row: Mapping[str, float]
+    ) -> dict[str, float]:
+        measured = {} if codes is None else measures_of_codes(codes.detach(), self.coding_eps)
+        count = self._m_is_due() and (teacher is not None or student is not None)
+        start = time.monotonic()
+        if teacher is not None:
+            w = weights_of(teacher)
+            if row.get("k", len(w)) != len(w):
+                raise ValueError(f"targets over {row['k']:.0f} prototypes, but {len(w)} prototypes were passed")
+            measured |= measures_of_prototypes(w, self.eps, count)
+            if codes is not None:
+                if codes.shape[-1] != w.shape[1]:
+                    raise ValueError(f"codes of {codes.shape[-1]} dimensions, but prototypes of {w.shape[1]}")
+                share = void_share(w, codes.detach(), self.eps)
+                measured |= {} if share is None else {"void": share}
+        if student is not None and count:
+            measured["M_student"] = measures_of_prototypes(weights_of(student), self.eps)["M"]
+        if count:
+            now = time.monotonic()
+            self._m_due, self._m_step = now + _M_SHARE * (now - start), self._updates
+        return measured
+
+    def _m_is_due(self) -> bool:
+        if self.m_every is not None:
+            return self._updates - self._m_step >= self.m_every
+        return time.monotonic() >= self._m_due
+
+    def _add(self, row: dict[str, float]) -> tuple[Finding, ...]:
+        self.rows.append(row)
+        self._look_again = self._updates + max(1, self.every // 10) if self._swelling() else math.inf
+        known = {finding.kind for finding in self.findings}
+        new = tuple(finding for finding in diagnose(self.rows) if finding.kind not in known)
+        self.findings += new
+        if self.say is not None:
+            for finding in new:
+                self.say(str(finding))
+        return new
+
+    def _swelling(self) -> bool:
+        """Whether the largest weight, at the rate since the row before, doubles until the next: look closer then."""
+        if len(self.rows) < 2 or "weight_max" not in self.rows[-1] or "weight_max" not in self.rows[-2]:
+            return False
+        before, now = self.rows[-2], self.rows[-1]
+        steps = max(now["step"] - before["step"], 1.0)
+        return now["weight_max"] > before["weight_max"] * 2 ** (steps / self.every)
+
+    def verdict(self) -> str:
+        """The newest state in words: a line for each finding that holds now, or that there is none."""
+        if not self.rows:
+            return "Nothing is measured yet."
+        return "\n".join(map(str, diagnose(self.rows))) or "Nothing wrong to be seen."
+
+    def __str__(self) -> str:
+        return f"{line(self.rows)}\n{self.verdict()}" if self.rows else self.verdict()
+
+
+def line(rows: list[dict[str, float]]) -> str:
+    """The newest row as a person reads it; M is that of the newest row that has one."""
+    row = rows[-1]
+    text = f"step {row['step']:.0f}  loss {row['loss']:.3f}"
+    if "k" in row:
+        text += f" (ln K {math.log(row['k']):.3f})"
+    for key, name in (("teacher_entropy", "teacher entropy"), ("kl", "KL"), ("marginal_entropy", "marginal entropy")):
+        if key in row:
+            text += f"  {name} {row[key]:z.3f}"
+    counts = [r for r in rows if "M" in r]
+    if counts:
+        text += f"  M {counts[-1]['M']:.0f}/{counts[-1]['k']:.0f}"
+    if "effective_rank" in row:
+        text += f"  effective rank {row['effective_rank']:.1f}/{row['code_dim']:.0f}"
+    if "grad_norm" in row:
+        text += f"  gradient {row['grad_norm']:.3g}"
+    return text
+
+
+class _Losses:
+    """The loss of every step, without waiting for an accelerator: is it far above all before it?"""
+
+    def __init__(self) -> None:
+        self._largest: float | None = None
+        self._sound, self._copy, self._event = True, None, None
+
+    def alarming(self, loss: float | Tensor) -> bool:
+        value = self._read(loss)
+        if value is None:
+            return False
+        sound, self._sound = self._sound, math.isfinite(value)
+        if not self._sound:
+            return sound  # once
+        alarm = self._largest is not None and abs(value) > 1.5 * self._largest  # raises the bar: there cannot be many
+        self._largest = max(self._largest or 0.0, abs(value))
+        return alarm
+
+    def _read(self, loss: float | Tensor) -> float | None:
+        """This step's loss or, from a GPU, the newest one that has arrived, once."""
+        if not isinstance(loss, Tensor) or loss.device.type == "cpu":
+            return _number(loss)
+        if loss.device.type != "cuda":
+            return None
+        arrived = None
+        if self._event is None:
+            self._event = torch.cuda.Event()
+        elif self._copy is not None and self._event.query():
+            arrived, self._copy = float(self._copy), None
+        if self._copy is None:
+            self._copy = loss.detach().to("cpu", non_blocking=True)
+            self._event.record(torch.cuda.current_stream(loss.device))
+        return arrived
+
+
+def _number(x: float | Tensor) -> float:
+    return float(x.detach() if isinstance(x, Tensor) else x)
+
+
+def _now(x: Lazy | None) -> Tensor | None:
+    return x if x is None or isinstance(x, Tensor) else x()
+
+
+def _parameters(prototypes: Prototypes) -> list[Tensor]:
+    return [prototypes] if isinstance(prototypes, Tensor) else list(prototypes.parameters())

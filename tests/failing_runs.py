@@ -1,0 +1,202 @@
+"""Small but real trainings that fail, each by a mistake that people make, and some that do not: material for the meter.
+
+A mixture of Gaussians stands for the images, noise for the crops; an MLP is the backbone. Settings (K, batch, data,
+rates, optimizer) differ from seed to seed. The loop is written out with plain torch, as anyone's would be, and only
+calls the meter. Seeds from 100 on were used to choose the thresholds of `diagnosis.py`, seeds below 100 are for tests.
+"""
+
+import copy
+import random
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prototypes_lib.collapse import Meter
+from prototypes_lib.regularizers import coding_rate, koleo, mean_entropy
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything a run is told. Fields below the line are the mistakes."""
+
+    seed: int
+    k: int = 256
+    batch: int = 64
+    dim: int = 32  # of the data
+    code: int = 32  # p
+    clusters: int = 12
+    noise: float = 0.4
+    lr: float = 2e-3
+    optimizer: str = "adamw"
+    momentum: float = 0.98
+    teacher_temp: float = 0.04
+    student_temp: float = 0.1
+    center_momentum: float = 0.9
+    warm_up: int = 0  # steps of the learning rate
+    temp_warm_up: int = 0  # steps, from half the teacher's temperature
+    koleo_proto: float = 0.0
+    proto_lr: float = 1.0  # factor
+    free_norms: bool = False
+    steps: int = 200
+    method: str = "dino"
+    # ---
+    centered: bool = True
+    mean_of_all: bool = False  # the center is one number
+    teacher: str = "ema"  # or "dead", "momentum 1", "shared", "shared head"
+    blank: bool = False  # the teacher sees zeros
+    lr_growth: float = 1.0  # a step
+    offset: float = 0.0  # a direction common to all data
+
+
+def setting(kind: str, seed: int, **changes) -> Setting:
+    """The kind's run for this seed: sizes and rates drawn, the mistake put in."""
+    draw = random.Random(f"{kind} {seed}")
+    s = Setting(
+        seed=seed,
+        k=draw.choice([64, 128, 256]),
+        batch=draw.choice([32, 48, 64]),
+        code=draw.choice([16, 32, 64]),
+        clusters=draw.choice([6, 10, 16]),
+        noise=draw.uniform(0.2, 0.5),
+        lr=10 ** draw.uniform(-3.3, -2.5),
+        optimizer=draw.choice(["adamw", "sgd"]),
+        momentum=draw.choice([0.95, 0.98, 0.99]),
+    )
+    if s.optimizer == "sgd":
+        s = replace(s, lr=100 * s.lr)
+    match kind:
+        case "healthy dino" | "simdino" | "swav" | "msn":
+            s = replace(s, method="dino" if kind == "healthy dino" else kind)
+        case "healthy warm-up":
+            s = replace(s, warm_up=draw.choice([50, 100]), temp_warm_up=draw.choice([0, 100]), koleo_proto=0.1)
+        case "no center":
+            s = replace(s, **draw.choice([{"centered": False}, {"mean_of_all": True}, {"center_momentum": 1.0}]))
+            s = replace(s, offset=100.0, momentum=0.95)
+        case "no sharpening":
+            s = replace(s, teacher_temp=draw.choice([0.3, 0.5, 1.0]))
+        case "dead teacher":
+            s = replace(s, teacher=draw.choice(["dead", "momentum 1"]))
+        case "shared memory":
+            s = replace(s, teacher=draw.choice(["shared", "shared head"]))
+        case "blank":
+            s = replace(s, blank=True, centered=False, teacher_temp=0.1)
+        case "copies":
+            s = replace(s, code=16, proto_lr=draw.choice([100.0, 300.0]), optimizer="adamw", lr=1e-3, momentum=0.97)
+        case "void":
+            s = replace(s, code=16, proto_lr=100.0, optimizer="adamw", lr=1e-3, offset=4.0, student_temp=0.3)
+        case "exploding":
+            s = replace(s, lr_growth=draw.choice([1.1, 1.2, 1.5]), free_norms=True)
+        case _:
+            raise ValueError(kind)
+    return replace(s, **changes)
+
+
+class Net(nn.Module):
+    """An MLP to unit codes, and a weight-normalized last layer, as DINO's."""
+
+    def __init__(self, s: Setting):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(s.dim, 64), nn.GELU(), nn.Linear(64, 64))
+        self.mlp = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, s.code))
+        self.last_layer = nn.utils.parametrizations.weight_norm(nn.Linear(s.code, s.k, bias=False))
+        self.last_layer.parametrizations.weight.original0.data.fill_(1.0)
+        self.last_layer.parametrizations.weight.original0.requires_grad_(s.free_norms)
+
+    def codes(self, x: Tensor) -> Tensor:
+        return F.normalize(self.mlp(self.backbone(x)), dim=-1)
+
+
+def sinkhorn(scores: Tensor, steps: int = 3) -> Tensor:
+    p = scores
+    for _ in range(steps):
+        p = p - p.logsumexp(0, keepdim=True)
+        p = p - p.logsumexp(1, keepdim=True)
+    return p.exp()
+
+
+def run(s: Setting, meter: Meter, stop_at: str | None = None) -> list[float]:
+    """Train and watch; the losses. stop_at: a kind of finding after which there is nothing left to learn."""
+    torch.manual_seed(s.seed)
+    means = torch.randn(s.clusters, s.dim) + s.offset * torch.randn(s.dim) / s.dim**0.5
+    student = Net(s)
+    teacher = _teacher(s, student)
+    has_teacher = s.method in ("dino", "simdino", "msn")
+    optimizer = _optimizer(s, student)
+    base = [group["lr"] for group in optimizer.param_groups]
+    theirs, ours = list(teacher.parameters()), list(student.parameters())
+    center, losses = torch.zeros(s.k), []
+    for t in range(s.steps):
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * min(1.0, (t + 1) / max(s.warm_up, 1)) * s.lr_growth**t
+        temp = s.teacher_temp
+        if t < s.temp_warm_up:
+            temp = s.teacher_temp * (0.5 + 0.5 * t / s.temp_warm_up)
+        x = means[torch.randint(s.clusters, (s.batch,))] + 0.3 * torch.randn(s.batch, s.dim)
+        views = torch.cat([x, x]) + s.noise * torch.randn(2 * s.batch, s.dim)
+        y = student.codes(views)
+        with torch.no_grad():
+            own = teacher if has_teacher else student
+            y_t = own.codes(torch.zeros_like(views) if s.blank else views)
+            z = own.last_layer(y_t) if s.method != "msn" else student.last_layer(y_t)
+            swapped = lambda v: v.roll(s.batch, 0)  # noqa: E731  each view is told what the other one got
+            if s.method in ("swav", "msn"):
+                targets = sinkhorn(z / 0.05)
+            else:
+                scores = (z - center) / temp if s.centered else z / temp
+                targets = scores.softmax(-1)
+                mean = z.mean().expand(s.k) if s.mean_of_all else z.mean(0)
+                center = s.center_momentum * center + (1 - s.center_momentum) * mean
+        if s.method == "simdino":
+            both = 0.5 * (y + y_t)
+            image = (1 - (swapped(y_t) * y).sum(-1)).mean()
+            loss = image - (1 / s.code + 1 / s.batch) * 0.5 * sum(coding_rate(c, 0.05**0.5) for c in both.chunk(2))
+        else:
+            q = student.last_layer(y) / s.student_temp
+            image = loss = -(swapped(targets) * q.log_softmax(-1)).sum(-1).mean()
+            if s.method == "msn":
+                loss = loss - mean_entropy(q.softmax(-1))
+            if s.koleo_proto:
+                loss = loss + s.koleo_proto * koleo(student.last_layer.weight)
+        optimizer.zero_grad()
+        loss.backward()
+        watched = {} if s.method == "simdino" else {"targets": targets}
+        if s.method in ("dino",):
+            watched = {"log_scores": scores}
+        if s.method != "simdino":
+            watched |= {"prototypes": own.last_layer if s.method != "msn" else student.last_layer}
+            watched |= {"student_prototypes": student.last_layer}
+        found = meter.update(
+            loss, codes=y_t, student=student, teacher=teacher if has_teacher else None, image=image, **watched
+        )
+        losses.append(loss.item())
+        if stop_at in [finding.kind for finding in found]:
+            break
+        optimizer.step()
+        if s.teacher in ("ema", "momentum 1") and has_teacher:
+            m = s.momentum if s.teacher == "ema" else 1.0
+            with torch.no_grad():
+                torch._foreach_mul_(theirs, m)
+                torch._foreach_add_(theirs, ours, alpha=1 - m)
+    return losses
+
+
+def _teacher(s: Setting, student: Net) -> Net:
+    if s.teacher == "shared":
+        return student
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    if s.teacher == "shared head":
+        teacher.mlp = student.mlp
+    if s.method == "msn":
+        teacher.last_layer = student.last_layer
+    return teacher
+
+
+def _optimizer(s: Setting, student: Net) -> torch.optim.Optimizer:
+    head = list(student.last_layer.parameters())
+    rest = [p for p in student.parameters() if all(p is not q for q in head)]
+    groups = [{"params": rest, "lr": s.lr}, {"params": head, "lr": s.lr * s.proto_lr}]
+    if s.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.AdamW(groups, weight_decay=0.04, fused=True)
