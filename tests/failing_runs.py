@@ -6,6 +6,7 @@ calls the meter. Seeds from 100 on were used to choose the thresholds of `diagno
 """
 
 import copy
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -13,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prototypes_lib.assignment import Sinkhorn
 from prototypes_lib.collapse import Meter
 from prototypes_lib.regularizers import coding_rate, koleo, mean_entropy
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything a run is told. Fields below the line are the mistakes."""
+    """Everything a run is told; the fields below the line are for mistakes.
+
+    method: dino, simdino (no prototypes), swav (no teacher), msn (the teacher's prototypes are the student's).
+    """
 
     seed: int
     k: int = 256
@@ -39,6 +44,7 @@ class Setting:
     koleo_proto: float = 0.0
     proto_lr: float = 1.0  # factor
     free_norms: bool = False
+    cosine: bool = False  # the learning rate falls to 0, the momentum grows to 1
     steps: int = 200
     method: str = "dino"
     # ---
@@ -65,12 +71,13 @@ def setting(kind: str, seed: int, **changes) -> Setting:
         momentum=draw.choice([0.95, 0.98, 0.99]),
     )
     if s.optimizer == "sgd":
-        s = replace(s, lr=100 * s.lr)
+        s = replace(s, lr=30 * s.lr)  # at 100 times, some of the healthy runs were not
     match kind:
         case "healthy dino" | "simdino" | "swav" | "msn":
             s = replace(s, method="dino" if kind == "healthy dino" else kind)
         case "healthy warm-up":
             s = replace(s, warm_up=draw.choice([50, 100]), temp_warm_up=draw.choice([0, 100]), koleo_proto=0.1)
+            s = replace(s, cosine=draw.choice([True, False]))
         case "no center":
             s = replace(s, **draw.choice([{"centered": False}, {"mean_of_all": True}, {"center_momentum": 1.0}]))
             s = replace(s, offset=100.0, momentum=0.95)
@@ -83,7 +90,8 @@ def setting(kind: str, seed: int, **changes) -> Setting:
         case "blank":
             s = replace(s, blank=True, centered=False, teacher_temp=0.1)
         case "copies":
-            s = replace(s, code=16, proto_lr=draw.choice([100.0, 300.0]), optimizer="adamw", lr=1e-3, momentum=0.97)
+            s = replace(s, k=draw.choice([128, 256]), code=16, proto_lr=draw.choice([100.0, 300.0]))
+            s = replace(s, optimizer="adamw", lr=1e-3, momentum=0.97)
         case "void":
             s = replace(s, code=16, proto_lr=100.0, optimizer="adamw", lr=1e-3, offset=4.0, student_temp=0.3)
         case "exploding":
@@ -108,78 +116,82 @@ class Net(nn.Module):
         return F.normalize(self.mlp(self.backbone(x)), dim=-1)
 
 
-def sinkhorn(scores: Tensor, steps: int = 3) -> Tensor:
-    p = scores
-    for _ in range(steps):
-        p = p - p.logsumexp(0, keepdim=True)
-        p = p - p.logsumexp(1, keepdim=True)
-    return p.exp()
+@dataclass(frozen=True)
+class Outcome:
+    """losses of all steps; answers: how many prototypes were the largest of a target in the last batch."""
+
+    losses: list[float]
+    answers: int
 
 
-def run(s: Setting, meter: Meter, stop_at: str | None = None) -> list[float]:
-    """Train and watch; the losses. stop_at: a kind of finding after which there is nothing left to learn."""
+def run(s: Setting, meter: Meter, stop_at: str | None = None) -> Outcome:
+    """Train and watch. stop_at: a kind of finding after which there is nothing left to learn."""
     torch.manual_seed(s.seed)
     means = torch.randn(s.clusters, s.dim) + s.offset * torch.randn(s.dim) / s.dim**0.5
     student = Net(s)
     teacher = _teacher(s, student)
-    has_teacher = s.method in ("dino", "simdino", "msn")
     optimizer = _optimizer(s, student)
-    base = [group["lr"] for group in optimizer.param_groups]
-    theirs, ours = list(teacher.parameters()), list(student.parameters())
-    center, losses = torch.zeros(s.k), []
+    rates = [group["lr"] for group in optimizer.param_groups]
+    pairs = [(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True) if a is not b]
+    theirs, ours = [a for a, _ in pairs], [b for _, b in pairs]
+    center, losses, targets = torch.zeros(s.k), [], torch.zeros(1, s.k)
     for t in range(s.steps):
-        for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * min(1.0, (t + 1) / max(s.warm_up, 1)) * s.lr_growth**t
-        temp = s.teacher_temp
-        if t < s.temp_warm_up:
-            temp = s.teacher_temp * (0.5 + 0.5 * t / s.temp_warm_up)
+        done = 0.5 - 0.5 * math.cos(math.pi * t / s.steps) if s.cosine else 0.0
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr * min(1.0, (t + 1) / max(s.warm_up, 1)) * s.lr_growth**t * (1 - done)
+        warm = min(1.0, t / s.temp_warm_up) if s.temp_warm_up else 1.0
+        temp = s.teacher_temp * (0.5 + 0.5 * warm)
         x = means[torch.randint(s.clusters, (s.batch,))] + 0.3 * torch.randn(s.batch, s.dim)
         views = torch.cat([x, x]) + s.noise * torch.randn(2 * s.batch, s.dim)
+
         y = student.codes(views)
         with torch.no_grad():
-            own = teacher if has_teacher else student
-            y_t = own.codes(torch.zeros_like(views) if s.blank else views)
-            z = own.last_layer(y_t) if s.method != "msn" else student.last_layer(y_t)
-            swapped = lambda v: v.roll(s.batch, 0)  # noqa: E731  each view is told what the other one got
-            if s.method in ("swav", "msn"):
-                targets = sinkhorn(z / 0.05)
-            else:
-                scores = (z - center) / temp if s.centered else z / temp
-                targets = scores.softmax(-1)
-                mean = z.mean().expand(s.k) if s.mean_of_all else z.mean(0)
-                center = s.center_momentum * center + (1 - s.center_momentum) * mean
+            y_t = y.detach() if s.method == "swav" else teacher.codes(torch.zeros_like(views) if s.blank else views)
         if s.method == "simdino":
             both = 0.5 * (y + y_t)
-            image = (1 - (swapped(y_t) * y).sum(-1)).mean()
+            image = (1 - (_other_view(y_t) * y).sum(-1)).mean()
             loss = image - (1 / s.code + 1 / s.batch) * 0.5 * sum(coding_rate(c, 0.05**0.5) for c in both.chunk(2))
+            watched = {}
         else:
+            last_layer = teacher.last_layer if s.method == "dino" else student.last_layer
+            watched = {"prototypes": last_layer, "student_prototypes": student.last_layer}
+            with torch.no_grad():
+                z = last_layer(y_t)
+                if s.method == "dino":
+                    scores = (z - center * s.centered) / temp
+                    targets = scores.softmax(-1)
+                    mean = z.mean().expand(s.k) if s.mean_of_all else z.mean(0)
+                    center = s.center_momentum * center + (1 - s.center_momentum) * mean
+                    watched["log_scores"] = scores
+                else:
+                    targets = Sinkhorn()(z / 0.05).exp()
+                    watched["targets"] = targets
             q = student.last_layer(y) / s.student_temp
-            image = loss = -(swapped(targets) * q.log_softmax(-1)).sum(-1).mean()
+            image = loss = -(_other_view(targets) * q.log_softmax(-1)).sum(-1).mean()
             if s.method == "msn":
                 loss = loss - mean_entropy(q.softmax(-1))
             if s.koleo_proto:
                 loss = loss + s.koleo_proto * koleo(student.last_layer.weight)
         optimizer.zero_grad()
         loss.backward()
-        watched = {} if s.method == "simdino" else {"targets": targets}
-        if s.method in ("dino",):
-            watched = {"log_scores": scores}
-        if s.method != "simdino":
-            watched |= {"prototypes": own.last_layer if s.method != "msn" else student.last_layer}
-            watched |= {"student_prototypes": student.last_layer}
-        found = meter.update(
-            loss, codes=y_t, student=student, teacher=teacher if has_teacher else None, image=image, **watched
-        )
+        if s.method != "swav":
+            watched["teacher"] = teacher
+        found = meter.update(loss, codes=y_t, student=student, image=image, **watched)
         losses.append(loss.item())
         if stop_at in [finding.kind for finding in found]:
             break
         optimizer.step()
-        if s.teacher in ("ema", "momentum 1") and has_teacher:
-            m = s.momentum if s.teacher == "ema" else 1.0
+        if s.teacher in ("ema", "momentum 1", "shared head"):
+            m = 1.0 if s.teacher == "momentum 1" else s.momentum + (1 - s.momentum) * done
             with torch.no_grad():
                 torch._foreach_mul_(theirs, m)
                 torch._foreach_add_(theirs, ours, alpha=1 - m)
-    return losses
+    return Outcome(losses, len(targets.argmax(-1).unique()))
+
+
+def _other_view(x: Tensor) -> Tensor:
+    """The rows of two views, each in the other's place."""
+    return x.roll(len(x) // 2, 0)
 
 
 def _teacher(s: Setting, student: Net) -> Net:

@@ -281,6 +281,11 @@ def test_a_run_of_ours_has_a_row_by_its_method_and_its_data():
     one = seen_as("run of this library", 65536, 1200, 9)
     rows = paper.rows(one, "dino-vmf", 384, 16, "imagenet")
     assert [(r.paper, r.value) for r in rows] == [("PPC", 1157.0), ("vMF", 1122.0), ("vMF", 1226.0)]
+    assert paper.rows(one, "dino-vmf-vits16", 384, 16, "imagenet") == rows
+    assert paper.rows(one, "dino-vmf-vits16", 384, 16, "/data/ILSVRC2012/") == rows
+    assert paper.rows(one, "dino-vmf-vits16", 384, 16, "/data/tiny-imagenet") == ()
+    for other in ("dino-vmf-kp", "dino-vmf-kp-vits16", "mine"):
+        assert paper.rows(one, other, 384, 16, "imagenet") == ()
     assert paper.rows(one, "dino-vmf", 384, 16, "cifar10") == ()
     assert [r.value for r in paper.rows(seen_as("run", 8142, 1, 1), "msn", 384, 16, "inaturalist-2018")] == [3363.0]
 

@@ -117,6 +117,11 @@ def test_grids_show_the_nearest_images_of_most_and_least_used_prototypes_and_of_
     assert list(grids) == ["most used", "copies side by side"]  # five groups are all in the first
     part = one["assignment"]
     assert len({part[row["prototype"]] for row in grids["most used"]}) == 5
+    held = content["data"]["held"]
+    for row in grids["most used"]:  # the copy that most images are assigned to stands for its group
+        members = [i for i in range(16) if part[i] == part[row["prototype"]]]
+        assert held[row["prototype"]] == max(held[i] for i in members)
+        assert int(row["label"].split(" ")[0]) == sum(held[i] for i in members)
     x = F.normalize(planted["w"], dim=1)
     for row in [row for rows in grids.values() for row in rows]:
         cosine = planted["codes"] @ x[row["prototype"]]

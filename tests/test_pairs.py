@@ -254,7 +254,7 @@ import torch
 from prototypes_lib.collapse import neighbors
 
 kind, k, dim = sys.argv[1], 32768, 384
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 w = torch.randn(k, dim, generator=generator)
 if kind == "961 with copies":
@@ -262,12 +262,12 @@ if kind == "961 with copies":
 if kind == "half one group":
     w[: k // 2] = w[0] + 0.2 * w[: k // 2]
     w = w[torch.randperm(k, generator=generator)]
-start = time.perf_counter()
+start = time.process_time()  # whatever else the machine does
 found = neighbors(w)
 curve = {u.eps: u.count for u in found.curve()}
 ranges = [found.range(eps, 10) for eps in (0.025, 0.1)]
 components = [found.components(eps) for eps in (0.025, 0.1)]
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 print(json.dumps({"curve": curve, "ranges": ranges, "components": components, "seconds": seconds, "peak": peak}))
 """
@@ -275,7 +275,7 @@ print(json.dumps({"curve": curve, "ranges": ranges, "components": components, "s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "m"), [("all unique", 32768), ("961 with copies", 961), ("half one group", 16385)])
-def test_everything_about_32768_prototypes_fits_in_a_minute_and_two_gigabytes(kind, m):
+def test_everything_about_32768_prototypes_takes_a_minute_of_cpu_and_two_gigabytes(kind, m):
     run = subprocess.run([sys.executable, "-c", _LARGE, kind], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)

@@ -19,9 +19,9 @@ IDEAS = {
 MACHINERY = {
     "data", "resampling", "photometric", "views", "masks", "batches", "backbones", "stochastic_depth", "batch_norm",
     "heads", "learner", "schedules", "optimizers", "settings", "paper_runs", "distributed", "interrupts", "trainer",
-    "train", "files", "official", "checkpoints", "records",
+    "train", "files", "official", "checkpoints", "records", "meters", "event_files",
 }  # fmt: skip
-READING = {"evaluate", "sweeps", "scoreboard", "figures", "course", "cli"}
+READING = {"evaluate", "sweeps", "scoreboard", "figures", "course", "doctor", "live", "cli"}
 
 
 def tracked() -> list[Path]:
@@ -37,7 +37,7 @@ def test_conda_make_and_pyproject_install_the_same_extras():
     conda = (ROOT / "environment.yml").read_text()
     make = (ROOT / "Makefile").read_text()
     wanted = f".[{','.join(EXTRAS)}]"
-    assert set(PROJECT["optional-dependencies"]) == {*EXTRAS, "peers"}  # nobody's need but the comparison's
+    assert set(PROJECT["optional-dependencies"]) == {*EXTRAS, "tensorboard", "peers"}  # what few need
     assert f"--editable {wanted}" in conda and f'-e "{wanted}"' in make
     floor = re.search(r"python>=(\d+\.\d+)", conda)[1]
     assert PROJECT["requires-python"] == f">={floor}"

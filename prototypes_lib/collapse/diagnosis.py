@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from prototypes_lib.collapse.advice import ADVICE
+
 Row = Mapping[str, float]
 
 # A target tells about the image what its entropy falls short of the marginal's: I = H(mean target) - mean H(target).
@@ -71,7 +73,7 @@ def diagnose(rows: Sequence[Row]) -> tuple[Finding, ...]:
 
 
 def _finding(kind: str, text: str, rows: Sequence[Row]) -> Finding:
-    return Finding(kind, text, *_ADVICE[kind], step=int(_steps(rows)[-1]))
+    return Finding(kind, text, *ADVICE[kind], step=int(_steps(rows)[-1]))
 
 
 def _steps(rows: Sequence[Row]) -> list[float]:
@@ -80,8 +82,8 @@ def _steps(rows: Sequence[Row]) -> list[float]:
 
 def _series(rows: Sequence[Row], *keys: str) -> list[tuple[float, ...]]:
     """(step, values of the keys) of the rows that have them all, as numbers."""
-    steps = _steps(rows)
-    found = [(s, *(row[key] for key in keys)) for s, row in zip(steps, rows, strict=True) if all(k in row for k in keys)]
+    timed = zip(_steps(rows), rows, strict=True)
+    found = [(step, *(row[key] for key in keys)) for step, row in timed if all(key in row for key in keys)]
     return [values for values in found if all(map(math.isfinite, values))]
 
 
@@ -94,7 +96,7 @@ def _non_finite(rows: Sequence[Row]) -> str:
     if not broken:
         return ""
     last = next((row for row in reversed(rows) if all(math.isfinite(row.get(key, 0.0)) for key in broken)), None)
-    since = "from the first row on" if last is None else f"they were at step {last.get('step', 0.0):.0f}"
+    since = "from the first row on" if last is None else f"finite at step {last.get('step', 0.0):.0f}"
     return f"{', '.join(f'{key} = {newest.get(key, math.nan)}' for key in broken)}: not finite numbers; {since}."
 
 
@@ -102,38 +104,50 @@ _MUST_BE_FINITE = ("loss", "image", "teacher_entropy", "weight_max", "score_max"
 
 
 def _diverging(rows: Sequence[Row]) -> str:
-    """Three rises running, not slowing down, to far above the first half of the run and above what healthy runs reach.
+    """Three rises running, not slowing down, far above the first half of the run and above what healthy runs reach.
 
-    Gradients grow exponentially in health, too, while a plateau is left, but from tiny to usual; weights under AdamW
-    grow linearly; hence the floors, which lie 10 times and more above all healthy runs looked at.
+    Gradients grow exponentially in health, too, while a plateau is left, but from tiny to usual, and jump; weights
+    under AdamW grow linearly; hence the floors, which lie 5 times and more above all healthy runs looked at. Weights or
+    a loss 1000 times as large are no jump.
     """
     ceiling = next((math.log(row["k"]) for row in reversed(rows) if row.get("k", 0.0) > 1), 10.0)
-    for key, floor, times in (
-        ("loss", 10 * ceiling, 5.0),  # of unit codes and unit prototypes it is at most ln K + 2 / 0.1
-        ("grad_norm", 1e3, 100.0),
-        ("weight_max", 1e2, 100.0),
-        ("score_max", 1e4, 100.0),  # log C_p alone may be 1e3
+    for key, floor, times, at_once in (
+        ("loss", 10 * ceiling, 5.0, True),  # of unit codes and unit prototypes it is at most ln K + 2 / 0.1
+        ("weight_max", 1e2, 100.0, True),
+        ("score_max", 1e4, 100.0, False),  # log C_p alone may be 1e3
+        ("grad_norm", 1e3, 100.0, False),
     ):
-        past = _series(rows, key)
-        if len(past) < 4:
+        past = [(s, abs(v)) for s, v in _series(rows, key)]
+        if len(past) < 2:
             continue
-        steps, values = [s for s, _ in past], [abs(v) for _, v in past]
-        recent = values[-4:]
-        before = median(v for s, v in zip(steps, values, strict=True) if s <= max(steps[-1] / 2, steps[0]))
-        if values[-1] < floor or values[-1] < times * before or min(recent) <= 0:
-            continue
-        spans = [max(b - a, 1.0) for a, b in zip(steps[-4:], steps[-3:], strict=False)]
-        rates = [math.log(b / a) / span for a, b, span in zip(recent, recent[1:], spans, strict=False)]
-        if min(rates) > 0.005 and rates[-1] > 0.5 * (rates[0] + rates[1]) / 2:
-            left = (math.log(3.4e38) - math.log(values[-1])) / rates[-1]
+        step, now = past[-1]
+        early = [(s, v) for s, v in past if s <= max(step / 2, past[0][0])]
+        before = max(median(v for _, v in early), 1e-30)
+        if now > max(floor, times * before) and (_rises(past) or (at_once and now > 1e3 * before)):
+            rate = math.log(now / before) / max(step - early[len(early) // 2][0], 1.0)
+            left = (math.log(3.4e38) - math.log(now)) / rate
             return (
-                f"{_NAMES[key]} grows {math.exp(rates[-1]):.3g} times a step, from {before:.3g} to {values[-1]:.3g}: "
-                f"at this rate float32 overflows in about {max(left, 1):.0f} steps."
+                f"{_NAMES[key]} grew from {before:.3g} to {now:.3g}, {math.exp(rate):.3g} times a step: at this rate "
+                f"float32 overflows in about {max(left, 1):.0f} steps, if nothing breaks before."
             )
     return ""
 
 
-_NAMES = {"loss": "The loss", "grad_norm": "The gradient", "weight_max": "The largest weight", "score_max": "The scores"}
+def _rises(past: Sequence[tuple[float, float]]) -> bool:
+    """Up three times running, by half a percent a step and more, and not ever more slowly."""
+    if len(past) < 4 or min(v for _, v in past[-4:]) <= 0:
+        return False
+    pairs = zip(past[-4:], past[-3:], strict=False)
+    rates = [math.log(b / a) / max(t - s, 1.0) for (s, a), (t, b) in pairs]
+    return min(rates) > 0.005 and rates[-1] > 0.25 * (rates[0] + rates[1])
+
+
+_NAMES = {
+    "loss": "The loss",
+    "weight_max": "The largest weight",
+    "score_max": "The largest score",
+    "grad_norm": "The gradient",
+}
 
 
 def _shared_memory(rows: Sequence[Row]) -> str:
@@ -145,8 +159,9 @@ def _shared_memory(rows: Sequence[Row]) -> str:
 def _dead_teacher(rows: Sequence[Row]) -> str:
     """Not moved for 3 rows while the student went on: by 0.1 % of its length, or half as far again as before.
 
-    The second is for a teacher that once moved: at the end of DINO's momentum schedule, 1, it all but stands, but so does
-    the student, whose learning rate ends at 0. A millionth of the lag is less than a momentum of 0.9999 moves in a step.
+    The second is for a teacher that once moved: at the end of DINO's momentum schedule, 1, it all but stands, but so
+    does the student, whose learning rate ends at 0. A millionth of the lag is less than a momentum of 0.9999 moves it
+    in one step.
     """
     past = _series(rows, "teacher_moved", "teacher_lag")
     if rows[-1].get("shared_memory", 0.0) >= 1 or len(past) < 3:
@@ -206,7 +221,7 @@ def _shape(row: Row, k: float, h: float, m: float, lasting: float) -> tuple[str,
 
 
 def _one_code(rows: Sequence[Row]) -> str:
-    """Without prototypes: the rank of the codes. 1.05 is one direction and 1 % of variance elsewhere, in 64 dimensions."""
+    """Without prototypes: the rank of the codes. 1.05 is one direction, and 0.5 % of the variance in 64 others."""
     if "k" in rows[-1]:
         return ""
     past = [x for x in _series(rows, "effective_rank", "code_dim") if x[2] > 2]
@@ -268,122 +283,3 @@ _LOOKS: tuple[tuple[str, Callable[[Sequence[Row]], tuple[str, str] | str]], ...]
     ("partial", _partial),
     ("void", _void),
 )
-
-_ADVICE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "uniform": (
-        (
-            "the teacher's temperature is near or above the student's (0.1): only sharper targets leave 1/K.",
-            "the learning rate is too high (weights and codes blow up to one direction), or still near 0 in its warm-up.",
-            "K is large for the data or the batch: every rate of leaving the plateau carries 1/K.",
-            "prototypes with free norms (norm_last_layer=False) shrank to nothing, by weight decay for instance.",
-            "the prototypes became copies of each other: see M.",
-            "float16 lost small gradients or the targets' digits.",
-        ),
-        (
-            "teacher temperature 0.04, warmed up to 0.07 at most, with 0.1 for the student.",
-            "a learning rate several times lower, with a longer warm-up, and gradients clipped at 3 or less.",
-            "fewer prototypes (out_dim 4096 or less for small data) and larger batches; without them a center momentum of "
-            "0.99 in place of 0.9, and an EMA of 0.9995 or more.",
-            "norm_last_layer=True, and the last layer frozen for the first epoch or longer (freeze_last_layer).",
-            "float32 or bfloat16 for the head and the loss.",
-        ),
-    ),
-    "one-hot": (
-        (
-            "the scores are not centered: the center is missing, never updated, a scalar (the mean over both "
-            "dimensions), or subtracted from the student, too.",
-            "the teacher's temperature is too low for the length of the prototypes (free norms, vMF: kappa = |w| / tau).",
-            "the center cannot follow: its momentum is too high for how fast the teacher moves.",
-            "batches are too small for their mean to be one.",
-        ),
-        (
-            "check that the center changes from step to step and has K different entries, kept in a buffer.",
-            "probability centering or Sinkhorn-Knopp in place of a logit center; a mean-entropy term.",
-            "a higher teacher temperature at the start, a lower learning rate, an EMA momentum nearer to 1.",
-        ),
-    ),
-    "constant": (
-        (
-            "the teacher sees the same whatever the image: a blank input (integer division of pixels), wrong "
-            "normalization, a dead activation.",
-            "the center is never updated, and no longer fits the scores.",
-            "teacher and student temperatures are so close that differences between images die out.",
-            "nothing holds the codes apart (no prototypes: the coding rate's weight is 0, or its sign is wrong).",
-        ),
-        (
-            "look at the teacher's input, then at its features, for two different images: where do they become equal?",
-            "check that the center changes from step to step; put Sinkhorn-Knopp in its place.",
-            "a lower teacher temperature (0.04) with 0.1 for the student; without prototypes, a larger coding-rate term.",
-        ),
-    ),
-    "partial": (
-        (
-            "prototypes learn much faster than the codes, which move together to where the data are.",
-            "K is far above the number of groups that the codes form and of samples in a batch.",
-            "the bottleneck has few dimensions, or free norms let a few prototypes win all data.",
-        ),
-        (
-            "KoLeo-proto, weight 0.1, which spreads the prototypes.",
-            "the backbone's learning rate for the prototypes, or less; freeze them for the first epoch.",
-            "fewer prototypes: copies cost memory and teach nothing.",
-        ),
-    ),
-    "void": (
-        (
-            "prototypes that no image chooses are pushed away from the mean code, all to the same place.",
-            "the codes lie in a cone (their mean is long): not centered, or nothing spreads them.",
-            "the prototypes' learning rate is high.",
-        ),
-        (
-            "probability centering or Sinkhorn-Knopp, which give every prototype its share of the data.",
-            "KoLeo-proto, which keeps prototypes apart; a lower learning rate for the prototypes; fewer of them.",
-        ),
-    ),
-    "dead-teacher": (
-        (
-            "the EMA update is never called, is called with momentum 1, or updates another copy of the model.",
-            "the teacher is in float16 or bfloat16: steps of (1 - m) times the difference are rounded away.",
-            "a compiled or wrapped student (DDP, torch.compile) whose parameters are not those averaged.",
-        ),
-        (
-            "call the update after each optimizer step: teacher = m * teacher + (1 - m) * student, m = 0.996 (0.9995 for "
-            "small batches), growing to 1 only at the end; keep the teacher's weights in float32.",
-            "if the teacher is meant to be fixed (distillation), leave it out of the meter.",
-        ),
-    ),
-    "shared-memory": (
-        (
-            "teacher = student, or teacher.head = student.head: an assignment, where a copy was meant.",
-            "p_teacher.data = p_student.data, or load_state_dict(..., assign=True): both hold the same tensors.",
-        ),
-        (
-            "teacher = copy.deepcopy(student), then requires_grad_(False), and update it in place.",
-            "if the method has no EMA teacher (SwAV), leave it out of the meter.",
-        ),
-    ),
-    "diverging": (
-        (
-            "the learning rate is too high, or its schedule grows where it should fall (wrong factor, wrong unit).",
-            "gradients are not clipped; free norms of the prototypes (norm_last_layer=False) grow with the scores.",
-            "a term of the loss without a lower bound, or with the wrong sign.",
-        ),
-        (
-            "stop, go back to a checkpoint before the growth, a learning rate ten times lower, clip gradients at 3 or less.",
-            "plot the learning rate against the step; scale it with the batch: 5e-4 * batch / 256 for AdamW.",
-            "norm_last_layer=True; normalize the codes; float32 or bfloat16 in place of float16.",
-        ),
-    ),
-    "non-finite": (
-        (
-            "float16 overflowed (above 65504) in the head, the loss or the attention.",
-            "exp(score / temperature) without subtracting the maximum (Sinkhorn-Knopp in the exp domain), log 0, or a "
-            "division by the length of a zero vector.",
-            "the learning rate is too high; KoLeo met two identical vectors.",
-        ),
-        (
-            "go back to a checkpoint before it; float32 for head and loss, or bfloat16 in place of float16.",
-            "log-domain Sinkhorn-Knopp and log_softmax; an eps under every square root, logarithm and division.",
-            "a lower learning rate, gradients clipped at 3 or less, steps with gradients that are not finite skipped.",
-        ),
-    ),
-}

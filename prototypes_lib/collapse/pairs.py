@@ -97,7 +97,7 @@ def neighbors(w: Float[Tensor, "k dim"], eps: Sequence[float] = CURVE, *, progre
     float32 a cosine within rounding (about 1e-7) of 1 - eps may fall on either side, there as here.
 
     Args:
-        w: prototypes of any length but zero, one a row. K = 131,072 of 384 dimensions need 2 GB.
+        w: prototypes of any length but zero, one a row. 131,072 of 384 dimensions fit in 2 GB.
         eps: cosine distances to be asked for. The largest sets how many pairs are kept, about `_CROWD` a prototype.
         progress: a line of text for the pass, and for each curve and range.
 
@@ -129,9 +129,11 @@ def _bar(steps, what: str, unit: str, progress: bool) -> tqdm:
 def _reaches(x: Tensor, distances: tuple[float, ...]) -> Float[Tensor, " k"]:
     """The largest of the distances at which each row has at most about `_CROWD` others nearby, by a sample; or -3."""
     k = len(x)
+    if k <= _CROWD:  # nobody can have too many
+        return x.new_full((k,), distances[-1])
     size = min(k, max(_SAMPLE, k // 32))
     sample = x[torch.randperm(k, generator=torch.Generator().manual_seed(0))[:size].to(x.device)]
-    allowed = min(max(1, _CROWD * size // k), size - 1)
+    allowed = max(1, _CROWD * size // k)
     levels = x.new_tensor((-3.0, *distances))  # 1 - cos of copies may round to less than 0
     reach = torch.empty_like(x[:, 0])
     for start in range(0, k, _ROWS):

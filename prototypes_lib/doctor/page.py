@@ -48,7 +48,7 @@ def page(report: Report, content: dict[str, Any]) -> str:
     """The whole page; content: of `Report.to_json`."""
     first, subject, said = report.sets[0], report.subject, content["verdict"]
     with plt.ioff(), plt.style.context(Path(figures.__file__).with_name("course.mplstyle")):
-        parts = [_section(seen, len(report.sets) > 1) for seen in report.sets]
+        parts = [_section(seen, again=i > 0) for i, seen in enumerate(report.sets)]
         if report.data is not None:
             parts.insert(1, _of_data(first, report.data, report))
     remarks = "".join(f"<li>{escape(text)}</li>" for text in said["remarks"])
@@ -109,14 +109,14 @@ def _papers(report: Report) -> str:
     return _table(("table", "model", "number", "printed", "here", "difference"), rows, numbers=range(3, 6))
 
 
-def _section(seen: Examination, several: bool) -> str:
+def _section(seen: Examination, again: bool) -> str:
     found = seen.found
     at = quantiles(seen.lengths)
     notes = "".join(f"<p>{escape(note)}</p>" for note in found.notes)
-    again = f"<p>{escape(words.verdict(seen))}</p>" if several else ""
+    told = f"<p>{escape(words.verdict(seen))}</p>" if again else ""
     figures_ = "".join(_figure(panel) for panel in panels.without_data(seen))
     return f"""<h2>{escape(_name(seen).capitalize())}: the prototypes alone</h2>
-{again}<p class="soft">{escape(found.layout)}; <code>{escape(found.tensor)}</code>, {escape(found.dtype)}, {seen.k:,} ×
+{told}<p class="soft">{escape(found.layout)}; <code>{escape(found.tensor)}</code>, {escape(found.dtype)}, {seen.k:,} ×
 {found.w.shape[1]}; compared by {escape(found.score)}. Lengths {at["0"]:.3g} to {at["1"]:.3g}; coding rate
 {seen.coding_rate:.1f} nats.</p>{notes}
 {figures_}

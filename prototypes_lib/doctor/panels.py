@@ -71,7 +71,7 @@ def curve(seen: Examination) -> tuple[Figure, str]:
     fig, axis = plt.subplots(figsize=WIDE)
     eps, m, largest = (np.array(column) for column in zip(*seen.curve, strict=True))
     axis.axhline(seen.k, color=BLACK, lw=0.8, ls=":")
-    axis.text(eps[0], seen.k, f" K = {seen.k:,}", va="bottom", ha="left", fontsize=8)
+    axis.text(eps[0], 1.15 * seen.k, f" K = {seen.k:,}", va="bottom", ha="left", fontsize=8)
     axis.plot(eps, m, "o-", color=VERMILLION, label="M, unique prototypes", zorder=3)
     axis.plot(eps, largest, "s--", color=GRAY, ms=3.5, lw=1, label="largest group of copies")
     places = {PPC: (f"PPC: 1 − cos < {PPC}", "right"), VMF: (f"vMF: cos > {1 - VMF:g}", "left")}

@@ -1,7 +1,9 @@
 """The papers' row for a model: what PPC's Table 1 and vMF's Table 4 print for it, beside what is counted here."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from prototypes_lib.doctor.examination import PPC, VMF, Examination
 from prototypes_lib.scoreboard.paper import INITIALIZED, LARGEST, UNIQUE, Printed, printed, split
@@ -12,7 +14,7 @@ _METHOD = {"dino": "DINO", "dino-vmf": "DINO-vMF", "ibot": "iBOT", "ibot-vmf": "
 _LAYOUT = {"DINO,": "DINO", "iBOT": "iBOT", "MSN": "MSN"}  # beginnings of Found.layout
 _WIDTH = {384: "S", 768: "B", 1024: "L"}
 _K = {("vMF", "Table 4"): 65536}  # in its text, section 5.2; PPC's Table 1 prints K
-_IMAGENET = {"imagenet", "imagenet-1k"}
+_IMAGENET = re.compile(r"imagenet([-_]?1k)?|ilsvrc([-_]?2012)?", re.IGNORECASE)  # a part of a path
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def rows(
     """All rows of the two tables that are of this model: method or layout, backbone, K; empty where there is none.
 
     Args:
-        method: the recipe's name of a run of ours, else None: then the layout of the file says which.
+        method: name of a run of ours, a recipe's or a paper run's, else None: then the file's layout says which.
         width, patch: of the backbone (None where it is not known); only plain transformers are in the tables.
         pretrain: the data of a run of ours; a file is taken to be of the data that its K belongs to.
     """
@@ -53,9 +55,10 @@ def rows(
 
 def candidates(seen: Examination, method: str | None) -> list[Printed]:
     """The numbers of the two tables that are of this method and this K, whatever the backbone."""
-    name = (
-        _METHOD.get(method) if method else next((v for k, v in _LAYOUT.items() if seen.found.layout.startswith(k)), "")
-    )
+    if method:
+        name = _METHOD.get(re.sub(r"-vit[sbl]\d+.*", "", method))  # of a paper run: dino-vmf-vits16
+    else:
+        name = next((v for k, v in _LAYOUT.items() if seen.found.layout.startswith(k)), None)
     if not name or seen.found.of != "crops":
         return []
     tables = [row for row in printed() if (row.paper, row.table) in _TABLES]
@@ -73,7 +76,7 @@ def _same(row: Printed, pretrain: str | None) -> bool:
         return True
     if row.dataset == "iNat-2018":
         return pretrain == "inaturalist-2018"
-    return pretrain.lower() in _IMAGENET
+    return any(map(_IMAGENET.fullmatch, Path(pretrain).parts))
 
 
 def said(found: Sequence[Row]) -> list[str]:

@@ -3,7 +3,7 @@
 report.json, one top-level key a line, null where something is not known, not asked or not finite:
 
 * format ("prototypes doctor"), format_version, prototypes_lib, commit, environment, command
-* path; file: name, sha256, bytes of the file that holds the prototypes; method: the recipe of a run of ours
+* path; file: name, sha256, bytes of the file that holds the prototypes; method: name of a run of ours
 * eps, seed (of random orders and points), orders (how many)
 * verdict: kind (full, partial, some or none: of M = 1, M < K/2, M < 0.95 K, else), text, remarks
 * sets: for each set of prototypes, the one looked at closely first

@@ -33,7 +33,7 @@ class Subject:
 
     @property
     def method(self) -> str | None:
-        """Name of the recipe that trained it, where it is ours and has one."""
+        """Name of the run that trained it, where it is ours: by default its recipe or paper run."""
         return self.config.get("name") if "method" in self.config else None
 
 

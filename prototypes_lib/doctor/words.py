@@ -53,8 +53,8 @@ def remarks(seen: Examination, data: DataExamination | None = None) -> list[str]
     told += _of_data(seen, data) if data is not None else _without(seen)
     if kind(seen) in ("full", "partial"):
         told.append(
-            f"What to try: KoLeo on the prototypes (PPC; `prototypes train dino-vmf-kp`) keeps them apart; or start "
-            f"with fewer prototypes: {seen.k:,} here do the work of {seen.unique.count:,}."
+            "What to try: KoLeo on the prototypes (PPC; prototypes train dino-vmf-kp) keeps them apart; or start "
+            f"with fewer: {seen.k:,} here do the work of {seen.unique.count:,}."
         )
     return told
 

@@ -41,9 +41,9 @@ class Panel:
 
 def panels(rows: Sequence[dict[str, float]]) -> list[Panel]:
     """All panels that these rows have anything for, the most telling first."""
-    k = next((row["k"] for row in reversed(rows) if row.get("k", 0) > 1), None)
+    k = next((row["k"] for row in reversed(rows) if 1 < row.get("k", 0) < math.inf), None)
     ceiling = None if k is None else ("ln K", math.log(k))
-    dim = next((row["code_dim"] for row in reversed(rows) if "code_dim" in row), None)
+    dim = next((row["code_dim"] for row in reversed(rows) if 0 < row.get("code_dim", 0) < math.inf), None)
     shares = [row | {n: row[n] / row["k"] for n in ("M", "M_student") if n in row and row.get("k")} for row in rows]
     parts = {"image": "views", "loss": "all terms"}
     if all(row.get("image", row.get("loss")) == row.get("loss") for row in rows):
@@ -56,7 +56,7 @@ def panels(rows: Sequence[dict[str, float]]) -> list[Panel]:
                "all equal one answer for all images"),
         _panel(shares, "Unique prototypes", {"M": "M / K", "M_student": "student's"}, floor=0.0,
                reads="below a half, prototypes are copies of each other"),
-        _panel(rows, "Effective rank of codes", {"effective_rank": "rank"}, dim and ("of", dim), floor=0.0,
+        _panel(rows, "Effective rank of codes", {"effective_rank": "rank"}, ("of", dim) if dim else None, floor=0.0,
                reads="1 is one code for all images"),
         _panel(rows, "KL to the teacher", {"kl": "KL"}),
         _panel(rows, "Coding rate of codes", {"coding_rate": "nats"}),

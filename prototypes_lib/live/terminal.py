@@ -1,6 +1,7 @@
 """A run as text: curves in dots of braille, or in letters where there are none, and what is wrong in words."""
 
 import itertools
+import math
 import textwrap
 
 from prototypes_lib.live.panels import Panel, panels, thin
@@ -127,7 +128,7 @@ def _head(run: Watched) -> str:
     text = run.name
     if run.rows:
         text += f"  step {run.rows[-1]['step']:.0f}"
-        if (seconds := run.newest("seconds")) is not None:
+        if math.isfinite(seconds := run.newest("seconds") or 0.0) and seconds > 0:
             text += f" after {duration(seconds)}"
     if run.finished:
         return f"{text}  finished  {run.folder}"
@@ -155,7 +156,7 @@ def _words(run: Watched, width: int) -> list[str]:
             for text in texts:
                 lines += _wrapped(f"- {text}", width, "    ")
     if not run.findings:
-        lines.append("Nothing wrong to be seen.")
+        lines += _wrapped("Nothing wrong to be seen.", width)
     for step, kind, text in run.earlier:
         lines += _wrapped(f"earlier, at step {step}: {kind}: {text}", width)
     return lines
