@@ -11,6 +11,7 @@ from prototypes_lib.evaluate.intervals import bootstrap, over_seeds, wilson
 @pytest.mark.parametrize(("hits", "n"), [(0, 7), (3, 7), (50, 100), (9_999, 10_000)])
 def test_a_proportion_has_scipys_wilson_interval(hits, n):
     theirs = stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
+    assert wilson(hits, n) == pytest.approx((100 * theirs.low, 100 * theirs.high), abs=2e-3), "95 % without asking"
     assert wilson(hits, n, 1.959964) == pytest.approx((100 * theirs.low, 100 * theirs.high), abs=1e-4)
 
 
