@@ -154,7 +154,7 @@ if check:
 # whole points. A claim that fails here fails for these networks and budgets.
 #
 # ## Beyond the papers
-# Scores in the records that no table of the papers has: other data sets, long tails by group, robustness.
+# Scores and kNN in the records that stand beside no printed number: other methods and data, long tails by group.
 
 # %%
 display(HTML(page.others(scoreboard.beyond(RECORDS, ROWS))))

@@ -277,7 +277,27 @@ def test_robustness_is_divided_by_an_earlier_answer(run_folder, tmp_path, capsys
     assert "no error of snow" in capsys.readouterr().err
 
 
-def test_a_test_set_of_some_classes_is_read_from_a_folder(run_folder, tmp_path, capsys):
+def test_a_baseline_on_other_data_or_measured_otherwise_is_refused(run_folder, tmp_path, monkeypatch, capsys):
+    result = {"accuracy": 50.0, "error": {"fog": [60.0]}, "severities": [3], "classifier": "knn", "n": 200}
+    run = {"data": "cifar10-5k", "n_test": 200, "result": result}
+    monkeypatch.setattr("prototypes_lib.evaluate.extract", None)
+    for change, asked, says in (
+        ({"data": "cifar100"}, (), "data cifar100, not cifar10-5k"),
+        ({"n_test": 100}, (), "test images 100, not 200"),
+        ({}, ("--severities", "3", "4"), "severities [3], not [3, 4]"),
+        ({}, ("--classifier", "logistic"), "classifier knn, not logistic"),
+        ({}, ("--baseline", "alexnet"), "severities [1, 2, 3, 4, 5], not [3]"),
+        ({"result": {k: v for k, v in result.items() if k != "severities"}}, (), "is no record of"),
+    ):
+        file = tmp_path / "base.json"
+        file.write_text(json.dumps({"runs": [run | change]}))
+        options = ("--corruptions", "fog", "--severities", "3", "--baseline", str(file), *asked)
+        assert call("evaluate", "robustness", str(run_folder), *LIMIT, *options) == 2
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
+
+
+def test_a_test_set_of_some_classes_is_read_from_a_folder(run_folder, tmp_path, capsys, monkeypatch):
     from PIL import Image
 
     images = data.load("cifar10-5k", "test", limit=40, progress=False)
@@ -292,12 +312,20 @@ def test_a_test_set_of_some_classes_is_read_from_a_folder(run_folder, tmp_path, 
     assert "8 test images of 2 of 10 classes" in capsys.readouterr().out
     (run,) = schema.read(tmp_path / "a.json").runs
     assert run["n_test"] == 8 and run["data"] == "natural"
-    (tmp_path / "classes.txt").write_text("cat\n")
-    assert call("evaluate", "restricted", str(run_folder), *LIMIT, *places) == 2
-    assert "2 classes" in capsys.readouterr().err
+    for listed, says in (
+        ("cat\n", "'ship' is in"),
+        ("cat\ntruck\n", "names 2: 'ship' is in"),
+        ("cat\nship\n", "k=20 must lie between 1 and the 14 training images"),
+    ):
+        (tmp_path / "classes.txt").write_text(listed)
+        limit = LIMIT if "k=20" not in says else ("--limit", "70", *LIMIT[2:])
+        monkeypatch.setattr("prototypes_lib.evaluate.features.extract", None)  # before any work
+        assert call("evaluate", "restricted", str(run_folder), *limit, *places) == 2
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
 
 
-def test_transfer_may_choose_by_a_folders_own_validation_images(run_folder, tmp_path, capsys):
+def test_transfer_may_choose_by_a_folders_own_validation_images(run_folder, tmp_path, capsys, monkeypatch):
     from PIL import Image
 
     sets = {part: data.load("cifar10-5k", split, limit=40, progress=False) for part, split in PARTS.items()}
@@ -314,6 +342,73 @@ def test_transfer_may_choose_by_a_folders_own_validation_images(run_folder, tmp_
     (run,) = schema.read(tmp_path / "a.json").runs
     assert run["result"]["accuracy"] == expected.accuracy
     assert run["result"]["validation"] == pytest.approx(expected.validation)
+    seen = []
+    monkeypatch.setattr("prototypes_lib.evaluate.transfer", lambda *_, val, **__: seen.append(len(val.x)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # --limit is of validation images too
+        call("evaluate", "transfer", str(run_folder), *LIMIT, *asked, "--limit", "20")
+    assert seen == [20]
+
+
+def test_transfer_chooses_by_official_validation_images_unless_told_otherwise(
+    run_folder, tmp_path, capsys, monkeypatch
+):
+    from PIL import Image
+
+    images = data.load("cifar10-5k", "train", limit=120, progress=False)
+    own = {label: np.flatnonzero(images.labels == label) for label in (0, 1)}
+    base, parts = tmp_path / "dtd" / "dtd", ("train", "val", "test")
+    (base / "labels").mkdir(parents=True)
+    for i, part in enumerate(parts):
+        listed = [f"{name}/{j}.png" for label, name in enumerate("ab") for j in own[label][4 * i : 4 * i + 4]]
+        (base / "labels" / f"{part}1.txt").write_text("".join(f"{line}\n" for line in listed))
+        for line in listed:
+            (base / "images" / line).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.pixels[int(line[2:-4])]).save(base / "images" / line)
+    counted = {"train": 16, "test": 8, "train-without-val": 8, "val": 8}
+    monkeypatch.setattr(data, "DATASETS", {"dtd": dataclasses.replace(data.DATASETS["dtd"], images=counted)})
+    asked = ("--data", "dtd", "--root", str(tmp_path), "--lambdas", "0.01", "1", "--json", str(tmp_path / "a.json"))
+    assert call("evaluate", "transfer", str(run_folder), *LIMIT, *asked) == 0
+    (run,) = schema.read(tmp_path / "a.json").runs
+    network = checkpoints.load_backbone(run_folder)
+    own = {"root": tmp_path, "image_size": 32, "progress": False}
+    sets = [data.load("dtd", split, **own) for split in ("train-without-val", "val", "test")]
+    train, val, test = (evaluate.extract(network, images, size=32) for images in sets)
+    expected = evaluate.transfer(train, test, val=val, lambdas=(0.01, 1), progress=False)
+    assert run["result"]["accuracy"] == expected.accuracy and run["n_train"] == run["n_val"] == 8
+    assert run["result"]["validation"] == pytest.approx(expected.validation)
+    assert call("evaluate", "transfer", str(run_folder), *LIMIT, *asked, "--folds", "2") == 0
+    (run,) = schema.read(tmp_path / "a.json").runs
+    assert run["n_train"] == 16 and "n_val" not in run
+
+
+def test_a_score_of_another_protocol_than_the_official_one_says_so(run_folder, tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+
+    def metrics(verb, *options):
+        assert call("evaluate", verb, str(run_folder), *LIMIT, *options, "--json", str(file)) == 0
+        (run,) = schema.read(file).runs
+        return [score["metric"] for score in run.get("scores", [])], run["knn"]
+
+    assert metrics("knn", "--k", "5")[0] == [] and metrics("knn", "--k", "5")[1]
+    uniform = metrics("knn", "--k", "5", "10", "--weights", "uniform", "--normalize", "none")
+    assert uniform == ([f"kNN top-1 (%) [k={k}; normalize=none; weights=uniform]" for k in (5, 10)], {})
+    fitted = []
+    answer = evaluate.Linear(50.0, (40.0, 60.0), 1e-3, 50.0, {}, {}, {}, 200, 1, 0, "C", True)
+    monkeypatch.setattr(evaluate, "linear", lambda *_, **__: fitted.append(1) or answer)
+    assert metrics("linear")[0] == metrics("linear", "--sweep", "ibot")[0] == ["linear top-1 (%) [features=CLS]"]
+    other = ("--frozen", "--epochs", "2", "--lrs", "0.1", "0.01", "--features", "D")
+    assert metrics("linear", *other)[0] == ["linear top-1 (%) [features=DINO; epochs=2; frozen=yes; lrs=0.1/0.01]"]
+    assert len(fitted) == 3
+
+
+def test_fine_tuning_takes_the_models_own_colors(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("prototypes_lib.backbones.Backbone", lambda name, size, **_: TransformerBackbone(name, size))
+    monkeypatch.setattr("prototypes_lib.evaluate.fine_tune", lambda *_, **options: seen.update(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model = "timm:vit_tiny_patch16_224.augreg_in21k"
+        call("evaluate", "fine-tune", model, *LIMIT, "--data", "cifar10-5k", "--recipe", "cpu", "--size", "32")
+    assert seen["mean"] == seen["std"] == (0.5, 0.5, 0.5)
 
 
 def test_a_checkpoint_file_is_a_model_where_data_are_given(tmp_path, capsys):
@@ -384,6 +479,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch, capsys):
         (("few-shot", "--lambd", "0"), "lambd=0"),
         (("few-shot", "--split-files", "nowhere.txt"), "nowhere.txt"),
         (("transfer", "--folds", "1"), "folds=1"),
+        (("transfer", "--folds", "50", "--limit", "21"), "21 training images cannot be cut into 50 parts"),
         (("transfer", "--lambdas", "0"), "lambdas="),
         (("transfer", "--folds", "5", "--val"), "leave one out"),
         (("transfer", "--val"), "cifar10-5k has the splits train, test"),
@@ -411,6 +507,36 @@ def test_a_wrong_evaluation_is_one_line_before_any_work(argv, says, run_folder, 
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and says in said
     assert [path.name for path in tmp_path.iterdir()] == ["occupied"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("knn", "--k"), "--k: give at least one"),
+        (("knn", "--k", "0"), "k=0"),
+        (("knn", "--weights", "inverse"), "metric='euclidean'"),
+        (("linear", "--lrs", "0.1", "0.1"), "lrs=(0.1, 0.1): give positive learning rates, each once"),
+        (("few-shot", "--split-files", "nowhere.txt"), "nowhere.txt"),
+        (("few-shot", "--split-files", "latin.txt"), "latin.txt is no UTF-8 text"),
+        (("long-tail", "--k", "0"), "k=0"),
+        (("robustness", "--corruptions", "fog", "fog"), "each once; got ('fog', 'fog')"),
+        (("robustness", "--severities", "3", "3"), "each once"),
+        (("robustness", "--severities"), "give corruptions and severities"),
+        (("restricted", "--test", ".", "--classes", "nowhere.txt"), "nowhere.txt"),
+        (("restricted", "--test", ".", "--classes", "latin.txt"), "latin.txt is no UTF-8 text"),
+        (("restricted", "--test", ".", "--classes", "empty.txt"), "empty.txt lists no class"),
+        (("precision", "--k", "0"), "k=0"),
+    ],
+)
+def test_what_needs_no_data_is_refused_before_any_are_read(argv, says, run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes("größe\n".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("# none\n")
+    monkeypatch.setattr(data, "load", None)
+    verb, *options = argv
+    assert call("evaluate", verb, str(run_folder), "--no-progress", *options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and says in said
 
 
 @pytest.mark.parametrize("verb", ["clusters", "precision"])

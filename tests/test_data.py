@@ -860,6 +860,47 @@ def test_food_pets_aircraft_imagenette_and_flowers_are_read_in_their_layouts(tmp
             assert images.classes[0] == first_class and images.name == name
 
 
+@pytest.mark.parametrize("name", ["aircraft", "dtd", "flowers102"])
+def test_official_validation_images_are_a_split_and_training_images_without_them_another(tmp_path, monkeypatch, name):
+    parts = ("train", "val", "test")
+    if name == "aircraft":
+        base = tmp_path / "fgvc-aircraft-2013b" / "data"
+        (base / "images").mkdir(parents=True)
+        (base / "variants.txt").write_text("707-320\nSpitfire\n")
+        listed = {part: [f"{i}0 707-320", f"{i}1 Spitfire"] for i, part in enumerate(parts)}
+        listed["trainval"] = [*listed["val"], *listed["train"]]
+        for part, lines in listed.items():
+            (base / f"images_variant_{part}.txt").write_text("".join(f"{line}\n" for line in lines))
+            for line in lines:
+                (base / "images" / f"{line.split()[0]}.jpg").write_bytes(png())
+    elif name == "dtd":
+        base = tmp_path / "dtd" / "dtd"
+        make_folder(base / "images", classes=("banded", "dotted"), each=3)
+        (base / "labels").mkdir()
+        for i, part in enumerate(parts):
+            (base / "labels" / f"{part}1.txt").write_text(f"banded/{i}.png\ndotted/{i}.png\n")
+    else:
+        import scipy.io
+
+        base = tmp_path / "flowers-102"
+        (base / "jpg").mkdir(parents=True)
+        for i in range(1, 7):
+            (base / "jpg" / f"image_{i:05d}.jpg").write_bytes(png())
+        scipy.io.savemat(base / "imagelabels.mat", {"labels": [1, 2, 1, 2, 1, 2]})
+        scipy.io.savemat(base / "setid.mat", {"trnid": [1, 2], "valid": [3, 4], "tstid": [5, 6]})
+        monkeypatch.setattr(torchvision.datasets.Flowers102, "_check_integrity", lambda self: True)
+    counts(monkeypatch, name, **{"train": 4, "test": 2, "train-without-val": 2, "val": 2})
+    splits = ("train", "train-without-val", "val", "test")
+    found = {split: data.load(name, split, root=tmp_path, image_size=4, progress=False) for split in splits}
+    files = {split: set(images.files) for split, images in found.items()}
+    assert all(images.labels.tolist().count(1) == len(images) / 2 for images in found.values())
+    assert len(files["train"]) == 4 and files["train"] == files["train-without-val"] | files["val"]
+    assert not files["train-without-val"] & files["val"] and not files["train"] & files["test"]
+    for split in ("val", "train-without-val"):  # of a tail they would be of the same images
+        with pytest.raises(ValueError, match=f"{name}-lt-10 has the splits train and test, not '{split}'"):
+            data.load(f"{name}-lt-10", split, root=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["caltech101", "sun397"])
 def test_our_seeded_splits_are_disjoint_repeatable_and_as_documented(tmp_path, monkeypatch, name):
     each = {"caltech101": 33, "sun397": 103}[name]

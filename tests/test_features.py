@@ -351,7 +351,12 @@ def some(n=5, dim=3):
         (some(), some(0), "no test images"),
         (some(), some(dim=4), "3 dimensions and test features 4"),
         (some(), Features(torch.tensor([[1.0, 2, 3], [1, torch.nan, 3]]), torch.arange(2)), "1 test images.*image 1"),
-        (Features(torch.full((2, 3), torch.inf), torch.arange(2)), some(), "2 training images.*image 0"),
+        (Features(torch.full((2, 3), torch.inf), torch.arange(2)), some(), "2 training images.*not finite.*image 0"),
+        (
+            some(),
+            Features(torch.tensor([[1.0, 2, 3], [1, -1e19, 3]]), torch.arange(2)),
+            "1 test.*beyond 1e.15.*1",
+        ),
         (Features(torch.zeros(3, 3), torch.tensor([0, -1, -1])), some(), r"2 training images have no label"),
     ],
 )

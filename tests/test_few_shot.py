@@ -135,6 +135,7 @@ def test_published_lists_are_read_by_file_name(tmp_path, named):
         ("n02_1.JPEG\nn09_1.JPEG\n", "'n09_1.JPEG' names none of the 8 images of two"),
         ("x.JPEG\nn02_1.JPEG\n", "'x.JPEG' names 2 of the 8 images of two"),
         ("1\n8\n", "there is no image 8"),
+        (f"1\n{2**64}\n", f"there is no image {2**64}; the 8 images end before"),
         ("1\n4\n1\n", "image 1 is listed 2 times"),
         ("4\n5\n", "no image of 'n01' .1 of 2 classes"),
     ],
@@ -143,6 +144,15 @@ def test_a_list_that_is_no_split_says_why(tmp_path, named, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read_split(_listed(tmp_path, text), named)
     assert "split.txt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_lists_are_utf_8_with_or_without_a_byte_order_mark(tmp_path, named):
+    path = tmp_path / "split.txt"
+    path.write_bytes("n02_1.JPEG\nn01_0.JPEG\n".encode("utf-8-sig"))
+    assert read_split(path, named).tolist() == [5, 0]
+    path.write_bytes("n02_1.JPEG\nGrün.JPEG\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"split\.txt is no UTF-8 text \(byte 13\)"):
+        read_split(path, named)
 
 
 def test_missing_lists_and_images_without_names_say_so(tmp_path, named):
@@ -159,6 +169,20 @@ def test_given_splits_are_grouped_by_what_they_are():
     found = _few_shot(train, test, splits=[*drawn, torch.from_numpy(uneven)])
     assert {name: len(values) for name, values in found.values.items()} == {"2": 2, "1": 2, "2.3%": 1}
     assert found.values["2"] == _few_shot(train, test, images=2, splits=2).values["2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_features_of_any_type_have_the_answers_of_their_numbers(dtype):
+    made = [Features((part.x * 4).round().clamp(0, 9).to(dtype), part.labels) for part in real()]
+    floats = [Features(part.x.float(), part.labels) for part in made]
+    assert torch.equal(prepared(made[0].x), prepared(floats[0].x))
+    assert _few_shot(*made, images=2, splits=1) == _few_shot(*floats, images=2, splits=1)
+
+
+def test_numbers_of_numpy_are_numbers():
+    found = _few_shot(*real(), images=np.int64(2), splits=np.int64(1))
+    assert found == _few_shot(*real(), images=[np.int64(2)], splits=1) == _few_shot(*real(), images=2, splits=1)
+    assert np.array_equal(draw_split(real()[0].labels, np.int64(2)), draw_split(real()[0].labels, 2))
 
 
 def test_odd_sets_work_or_say_why():
@@ -179,6 +203,7 @@ def test_odd_sets_work_or_say_why():
         "two classes": {"train": Features(train.x[:9], torch.full((9,), 2))},
         "not finite": {"test": Features(test.x * math.nan, test.labels)},
         "lambd=0": {"lambd": 0},
+        "seed=-1 must": {"seed": -1},
         "images=0": {"images": 0},
         "images=1.5": {"share": 1.5},
         "splits=0": {"splits": 0},

@@ -1,6 +1,7 @@
 """The recipe of fine-tuning against timm's own groups, a naive loop and the arithmetic of mixtures, on real images."""
 
 import functools
+import importlib
 import random
 
 import numpy as np
@@ -30,11 +31,13 @@ from prototypes_lib.evaluate.fine_tune import (
     epochs,
     fine_tune,
     parameter_groups,
+    predict,
 )
 from prototypes_lib.evaluate.intervals import wilson
 from prototypes_lib.schedules import cosine
-from prototypes_lib.views import eval_view
+from prototypes_lib.views import IMAGENET_MEAN, IMAGENET_STD, eval_view
 
+fine_tuning = importlib.import_module("prototypes_lib.evaluate.fine_tune")  # the package has a function of that name
 # all that is drawn at random, in a second
 FULL = VIT_S.but(lrs=(1e-3,), epochs=2, batch_size=16, accumulate=2, warmup_epochs=1, drop_path=0.3, init_scale=1.0)
 
@@ -73,6 +76,47 @@ def test_recipes_are_the_official_ones():
         (5e-5,),
     )
     assert PRESETS["vit-b"] is VIT_B and PRESETS["cpu"] is CPU
+
+
+def test_images_have_the_colors_that_the_backbone_was_trained_with():
+    train, test = images()
+    colors = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.2, 0.1)}
+    plain = FULL.but(augment=False, rand_augment="", erase=0.0)
+    for settings in (plain, FULL.but(rand_augment="", erase=0.0)):
+        (mine, _), (usual, _) = (next(iter(batches(train, settings, 32, 3, 0, **c))) for c in (colors, {}))
+        shown = [
+            x * torch.tensor(c["std"]).view(3, 1, 1) + torch.tensor(c["mean"]).view(3, 1, 1)
+            for x, c in ((mine, colors), (usual, {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}))
+        ]
+        torch.testing.assert_close(*shown, atol=1e-5, rtol=0)
+        assert not torch.allclose(mine, usual)
+
+    class Seen(Classifier):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    seen, network = [], Seen(Backbone("vit_pico_patch8", 32), 10, CPU, seed=0)
+    predict(network, test, 32, torch.device("cpu"), **colors)
+    assert torch.equal(seen[0], eval_view(torch.from_numpy(test.pixels), 32, **colors))
+
+
+def test_fine_tuning_takes_the_colors_for_training_and_test(monkeypatch):
+    seen, train = [], images()[0]
+
+    def spied(name, function):
+        def spy(*args, **colors):
+            seen.append((name, colors))
+            return function(*args, **colors)
+
+        return spy
+
+    for name in ("batches", "predict"):
+        monkeypatch.setattr(fine_tuning, name, spied(name, getattr(fine_tuning, name)))
+    colors = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.2, 0.1)}
+    short = CPU.but(epochs=2, batch_size=16)
+    fine_tune(Backbone("vit_pico_patch8", 32), train, images()[1], settings=short, progress=False, **colors)
+    assert seen == [("batches", colors), ("predict", colors), ("predict", colors)]
 
 
 # the network and its groups

@@ -77,6 +77,23 @@ def test_features_of_any_precision_and_a_tiny_temperature_vote():
     assert sharp == evaluate.knn(train, test, 1).accuracy[1]  # the nearest alone decides
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_features_of_any_type_have_the_answers_of_their_numbers(dtype):
+    made = [Features((f.x * 4).round().clamp(0, 9).to(dtype), f.labels) for f in (_features(60), _features(25, seed=1))]
+    floats = [Features(f.x.float(), f.labels) for f in made]
+    for options in ({}, {"normalize": False, "metric": "euclidean"}):
+        of_type, of_floats = (predict(f[0], f[1].x, 5, **options) for f in (made, floats))
+        assert torch.equal(of_type, of_floats)
+
+
+def test_numbers_of_numpy_are_numbers_of_neighbors():
+    train, test = _features(60), _features(25, seed=1)
+    expected = evaluate.knn(train, test, (5, 7))
+    assert evaluate.knn(train, test, list(np.array([5, 7]))) == expected
+    (k,) = evaluate.knn(train, test, np.int64(5)).accuracy
+    assert type(k) is int and k == 5
+
+
 @pytest.mark.parametrize("n", [1, 7, 64, 403])
 @pytest.mark.parametrize("k", [1, 3, 7, 50])
 @pytest.mark.parametrize("block", [1, 1000, 2**26])

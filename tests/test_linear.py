@@ -168,6 +168,12 @@ def test_odd_sets_work():
     assert _probe(single, test, lrs=(0.01, 0.1), epochs=2).n == 500
 
 
+def test_features_of_any_type_have_the_answers_of_their_numbers():
+    train, test = (Features((part.x * 4).round().clamp(0, 9).to(torch.uint8), part.labels) for part in real())
+    floats = [Features(part.x.float(), part.labels) for part in (train, test)]
+    assert _probe(train, test, epochs=2) == _probe(*floats, epochs=2)
+
+
 def test_features_may_lie_in_a_file(tmp_path):
     train, test = real()
     mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=tuple(train.x.shape))
@@ -195,6 +201,7 @@ def test_wrong_requests_name_themselves():
         "batch_size=0": {"batch_size": 0},
         "schedule": {"schedule": "hour"},
         "holdout=1": {"holdout": 1.0},
+        "seed=-1 must": {"seed": -1},
     }.items():
         with pytest.raises(ValueError, match=message):
             _probe(**{"train": train, "test": test} | change)

@@ -115,6 +115,24 @@ def test_badly_scaled_features_take_few_steps():
     assert found.converged and found.iterations < 100
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16])
+def test_features_of_any_type_have_the_answers_of_their_numbers(dtype):
+    x = (some(dim=16).x * 4).round().clamp(0, 9).to(dtype)
+    labels = some().labels
+    of_type, of_floats = logistic.fit(Features(x, labels)), logistic.fit(Features(x.float(), labels))
+    assert torch.equal(of_type.weight, of_floats.weight)
+    assert torch.equal(of_type.scores(x), of_floats.scores(x.float())) and of_type.scores(x).dtype == torch.float32
+    assert torch.equal(of_type.predict(x), of_floats.predict(x.float()))
+    assert of_floats.scores(x.double()).dtype == torch.float64
+
+
+def test_large_features_are_fitted_and_larger_ones_refused():
+    train = some(dim=8)
+    assert logistic.fit(Features(train.x / train.x.abs().max() * 1e15, train.labels)).predict(train.x).shape == (300,)
+    with pytest.raises(ValueError, match=r"training images are beyond 1e\+15"):
+        logistic.fit(Features(train.x * 1e20, train.labels))
+
+
 def test_separable_classes_end_and_say_whether_they_converged():
     x = torch.cat([torch.randn(20, 3, generator=torch.Generator().manual_seed(i)) + 30 * i for i in range(2)])
     train = Features(x, torch.arange(40) // 20)

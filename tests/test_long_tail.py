@@ -192,6 +192,8 @@ def test_an_unbalanced_test_set_and_classes_without_test_images():
     assert found.balanced == pytest.approx(100 * recall_score(labels, told, labels=here, average="macro"))
     assert found.macro_f1 == pytest.approx(100 * f1_score(labels, told, labels=here, average="macro"))
     assert [found.groups[name].classes for name in ("head", "medium", "tail")] == [1, 1, 2]
+    found = scores(told, labels, torch.tensor([101, 100, 40, 20, 19, 200]), groups=(100, 20))
+    assert [found.groups[name].counts for name in ("head", "medium", "tail")] == [(101, 101), (20, 100), (19, 19)]
 
 
 def test_intervals_are_as_wide_as_the_variance_of_recall_says():

@@ -206,6 +206,18 @@ def test_the_command_trains_the_method_and_the_backbone_of_the_row():
     assert seen > 300
 
 
+def test_fine_tuning_is_asked_for_with_the_recipe_of_its_data():
+    seen = Counter()
+    for r in ROWS:
+        if r.metric.startswith("fine-tuned") and "--paper-run" in (told := scoreboard.command(r)):
+            small = r.dataset in ("CIFAR10", "CIFAR100", "Flowers", "Aircraft")
+            inat = {"ViT-S/16": "inat-s", "ViT-B/16": "inat-b"}[r.backbone] if r.dataset == "iNat-2018" else None
+            recipe = re.search(r"fine-tune RUN --data \S+ --recipe (\S+)$", told)
+            assert (recipe and recipe[1]) == ("small-sets" if small else inat), r
+            seen[recipe and recipe[1]] += 1
+    assert set(seen) == {None, "small-sets", "inat-s", "inat-b"}
+
+
 def test_every_figure_of_the_papers_is_listed_with_what_shows_it():
     figures = {p: {x.name for x in scoreboard.PICTURES if x.paper == p} for p in ("PPC", "vMF", "Sim")}
     assert figures["PPC"] == {f"Fig. {i}" for i in (1, 2, 3)}
@@ -365,8 +377,64 @@ def test_transfer_stands_beside_its_data_sets_and_their_average(tmp_path):
     assert found["transfer average"].dataset == "3 data sets"
 
 
+def evaluated(name: str, knn: float = 40.0, trained: str = "cifar10", data: str = "cifar10", **more) -> dict:
+    """A record of a run as `prototypes evaluate` writes it."""
+    return a_record([a_run(name, 0, knn, data=trained) | {"data": data} | more], "prototypes evaluate")
+
+
+def test_a_record_of_the_command_stands_beside_the_methods_numbers_after_the_notebooks_own(tmp_path):
+    here = {"knn": evaluated("ibot-vmf", 40.0), "long": evaluated("ibot-vmf", 41.0, "cifar10-lt-100"),
+            "other": evaluated("ibot-vmf", 42.0, data="stl10"), "paper": evaluated("simdino-vitb16", 43.0)}  # fmt: skip
+    records = written(tmp_path, **here)
+    found = lambda *asked, **of: (x := scoreboard.measured(row(*asked, **of), records)) and (x.record, x.value)
+    assert found("PPC", "Table 2", "iBOT-vMF", KNN) == ("knn", 40.0)
+    assert found("Sim", "Table 1", "SimDINO [epochs=100]", KNN, backbone="ViT-B") == ("paper", 43.0)
+    assert found("Sim", "Table 1", "SimDINO [epochs=100]", KNN, backbone="ViT-L") is None
+    beside = {(x.record, x.dataset, x.metric): x.value for x in scoreboard.beyond(records, ROWS)}
+    assert beside[("other", "stl10", KNN)] == 42.0 and ("knn", "cifar10", KNN) not in beside
+    records |= written(tmp_path, _80_x=a_record(family({"ibot-vmf": [50.0, 52.0]})))
+    assert found("PPC", "Table 2", "iBOT-vMF", KNN) == ("80_x", 51.0)
+    assert ("knn", "cifar10", KNN) in {(x.record, x.dataset, x.metric) for x in scoreboard.beyond(records, ROWS)}
+
+
+def test_a_record_of_the_command_trained_on_a_long_tail_stands_beside_inaturalist_alone(tmp_path):
+    scores = [a_score(CLS, 30.0, "cifar10-lt-100")]
+    records = written(tmp_path, long=evaluated("ibot-vmf", 41.0, "cifar10-lt-100", scores=scores))
+    assert scoreboard.measured(row("PPC", "Table 3", "iBOT-vMF [pretrain=iNat-2018]", LINEAR), records).value == 30.0
+    assert scoreboard.measured(row("PPC", "Table 2", "iBOT-vMF", LINEAR), records) is None
+
+
+@pytest.mark.parametrize("qualifier", ["protocol=nearest alone", "k=20; weights=uniform", "metric=euclidean",
+                                       "normalize=none", "temperature=1", "features=D"])  # fmt: skip
+def test_knn_of_another_protocol_stands_beside_no_printed_number(tmp_path, qualifier):
+    other = a_score(f"kNN top-1 (%) [{qualifier}]", 10.0, "cifar10")
+    records = written(tmp_path, _80_x=a_record([a_run("ibot-vmf", 0, 50.0, [other])]))
+    assert scoreboard.measured(row("PPC", "Table 2", "iBOT-vMF", KNN), records).value == 50.0
+    assert 10.0 in {x.value for x in scoreboard.beyond(records, ROWS)}
+
+
+def test_a_linear_classifier_that_is_not_the_official_one_stands_beside_no_printed_number():
+    short = a_score(qualified(LINEAR, features="CLS", frozen="yes", epochs="2"), 90.0)
+    assert value(a_run("dino", 0, 50.0, [short]), LINEAR) is value(a_run("dino", 0, 50.0, [short]), CLS) is None
+    assert value(a_run("dino", 0, 50.0, [short, a_score(CLS, 40.0)]), LINEAR)[0] == 40.0
+
+
+def test_fine_tuned_numbers_of_the_command_meet_those_of_the_papers(tmp_path):
+    small, own = (a_score("fine-tuned top-1 (%)", x, data) for x, data in ((90.0, "flowers102"), (80.0, "cifar10")))
+    per_class = a_score("fine-tuned mean-per-class accuracy (%)", 70.0, "aircraft")
+    records = written(tmp_path, fine=evaluated("ibot-vmf", scores=[small, own, per_class]),
+                      plane=evaluated("ibot", scores=[per_class]))  # fmt: skip
+    found = lambda *asked: (x := scoreboard.measured(row(*asked), records)) and x.value
+    assert found("vMF", "Table 15", "iBOT-vMF", "fine-tuned accuracy (%)", "Flowers") == 90.0
+    assert found("vMF", "Table 15", "iBOT-vMF", "fine-tuned accuracy (%)", "CIFAR100") is None
+    assert found("PPC", "Table 2", "iBOT-vMF", "fine-tuned top-1 (%)") == 80.0
+    assert found("vMF", "Table 15", "iBOT", "fine-tuned mean-per-class accuracy (%)", "Aircraft") == 70.0
+
+
 def test_spellings_of_a_data_set_are_one():
-    assert {plain(x) for x in ("CIFAR-10", "cifar10", "CIFAR10", "cifar10-5k", "cifar10-lt-100-seed3")} == {"cifar10"}
+    assert {
+        plain(x) for x in ("./data/cifar10", "CIFAR-10", "cifar10", "CIFAR10", "cifar10-5k", "cifar10-lt-100-seed3")
+    } == {"cifar10"}
     assert plain("cifar100") != plain("cifar10")
 
 

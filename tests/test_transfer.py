@@ -100,6 +100,32 @@ def test_a_class_of_one_image_and_a_class_only_tested_are_missed_not_fatal():
     assert nowhere.accuracy == 0 and nowhere.at_edge
 
 
+def test_a_fold_that_leaves_one_class_is_answered_by_it():
+    """39 images of one class and one of another: without its fold there is nothing to tell apart."""
+    train, test = some(40, 8)
+    lonely = Features(train.x, (torch.arange(40) == 7).long())
+    found = quiet(lonely, Features(test.x, test.labels.clamp(max=1)), folds=5, lambdas=(1.0, 10.0))
+    assert found.validation == (97.5, 97.5)
+    alone = [quiet(lonely, test, lambdas=(1.0,), seed=seed).validation for seed in range(5, 8)]
+    assert set(alone) == {(100.0,), (87.5,)}, "of eight images that choose, the other one is missed where it is there"
+    for options in ({"folds": 5}, {"val": lonely}):
+        one = Features(train.x, torch.zeros(40, dtype=torch.long))
+        assert "val" not in options or quiet(one, test, lambdas=(1.0,), **options).validation == (97.5,)
+        with pytest.raises(ValueError, match="all training images have label 0"):
+            quiet(one, test, lambdas=(1.0,), **(options | ({"val": one} if "val" in options else {})))
+
+
+def test_fits_that_stop_early_are_counted(monkeypatch):
+    from prototypes_lib.evaluate import logistic
+
+    train, test = some(60, 8)
+    assert quiet(train, test, folds=2, lambdas=(1e-1, 1.0)).unconverged == 0
+    path = logistic.path
+    monkeypatch.setattr(logistic, "path", lambda *given, **own: path(*given, **{"max_iterations": 1} | own))
+    hurried = quiet(train, test, folds=2, lambdas=(1e-3, 1.0))
+    assert hurried.unconverged == 4 and hurried.converged
+
+
 def test_constant_features_are_at_chance():
     train, test = some(100, 8)
     found = quiet(*(Features(torch.ones_like(f.x), f.labels) for f in (train, test)), lambdas=GRID, folds=2)
@@ -134,6 +160,7 @@ def test_wrong_requests_name_themselves():
         ({"folds": 2, "val": test}, "not both"),
         ({"lambdas": ()}, "at least one"),
         ({"lambdas": (0.0,)}, "positive"),
+        ({"seed": -1}, "seed=-1 must"),
     ):
         with pytest.raises(ValueError, match=says):
             quiet(train, test, **options)

@@ -1,14 +1,53 @@
-"""The verbs of `prototypes evaluate` that ask more than accuracy: corruptions, other test sets, prototypes."""
+"""The verbs of `prototypes evaluate` that ask more than accuracy: tails, corruptions, other test sets, prototypes."""
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from prototypes_lib.cli.task import Classifier, Kind, On, check_votes, opened, positive, score
+from prototypes_lib.cli.task import Classifier, Kind, On, check_votes, opened, positive, score, unofficial
+
+
+def long_tail(
+    on: OmitArgPrefixes[On],
+    classifier: Classifier = "knn",
+    k: int = 20,
+    c: float = 1.0,
+    groups: Literal["100,20", "thirds"] = "100,20",
+    features: Kind = "C",
+) -> int:
+    """Accuracy of head, medium and tail classes; --data NAME-lt-FACTOR makes any data set long-tailed.
+
+    Args:
+        on: model, data and machine.
+        classifier: nearest neighbors or logistic regression.
+        k: neighbors.
+        c: weight of logistic regression's errors.
+        groups: head above 100 training images and tail below 20, or thirds of the classes.
+        features: class token (C), of 4 blocks or with the mean patch (D), before the last norm (MSN).
+    """
+    from prototypes_lib import evaluate
+
+    positive(c=c)
+    check_votes(None, (k,) if classifier == "knn" else ())
+    task = opened(on, "long-tail")
+    check_votes(len(task.train), (k,) if classifier == "knn" else ())
+    found = evaluate.long_tail(
+        *task.features(features), classifier=classifier, k=k, c=c, seed=on.seed,
+        groups="thirds" if groups == "thirds" else (100, 20), **task.machine(),
+    )  # fmt: skip
+    print(f"{classifier} on {task.where}, {found.n} test images of {found.classes} classes")
+    rows = {"top-1": (found.accuracy, found.interval), "balanced": (found.balanced, found.balanced_interval)}
+    rows |= {"macro-F1": (found.macro_f1, found.macro_f1_interval)}
+    rows |= {name: (group.accuracy, group.interval) for name, group in found.groups.items() if group.classes}
+    for name, row in rows.items():
+        task.say(name, *row)
+    scores = [score(task, f"{name} (%) [classifier={classifier}]", *row) for name, row in rows.items()]
+    task.write(found, {"scores": scores}, classifier=classifier, k=k, c=c, groups=groups, features=features)
+    return 0
 
 
 def robustness(
@@ -30,21 +69,28 @@ def robustness(
         classifier: nearest neighbors or logistic regression, trained on clean features.
         k: neighbors.
         c: weight of logistic regression's errors.
-        baseline: what errors are divided by: alexnet (for ImageNet), or a file that --json wrote; by default nothing.
+        baseline: what errors are divided by: alexnet (for ImageNet), or a file that --json wrote for the same data,
+            severities and classifier; by default nothing.
         features: class token (C), of 4 blocks or with the mean patch (D), before the last norm (MSN).
     """
     from prototypes_lib import evaluate
     from prototypes_lib.evaluate.corruptions import CORRUPTIONS, check
     from prototypes_lib.evaluate.features import kind
+    from prototypes_lib.evaluate.robustness import check_alike
 
     positive(c=c)
+    check_votes(None, (k,) if classifier == "knn" else ())
     names = corruptions or CORRUPTIONS
+    if not severities or len(set(names)) < len(names) or len(set(severities)) < len(severities):
+        raise ValueError(f"give corruptions and severities, each once; got {names} and {severities}")
     for name in names:
         for severity in severities:
             check(name, severity)
-    divided = _baseline(baseline, names)
+    divided, about = _baseline(baseline, names)
     task = opened(on, "robustness")
-    check_votes(task, (k,) if classifier == "knn" else ())
+    asked = {"data": str(Path(task.where)), "test images": len(task.test), "severities": severities}
+    check_alike(about, asked | {"classifier": classifier}, f"baseline {baseline}")
+    check_votes(len(task.train), (k,) if classifier == "knn" else ())
     view = kind(task.backbone, features) | task.colors
     own = {"size": task.size, "device": task.device}
     train = evaluate.extract(task.backbone, task.train, **view, **own, cache=on.cache, progress=on.progress)
@@ -93,20 +139,22 @@ def restricted(
     """
     from dataclasses import replace
 
+    import numpy as np
+
     from prototypes_lib import evaluate
     from prototypes_lib.data import load
-    from prototypes_lib.evaluate.restricted import label_map
+    from prototypes_lib.evaluate.restricted import check_names, class_lines, label_map
 
     positive(c=c)
-    for place in (test, classes):
-        if not place.exists():
-            raise FileNotFoundError(f"{place} is not there")
+    check_votes(None, (k,) if classifier == "knn" else ())
+    if not test.exists():
+        raise FileNotFoundError(f"{test} is not there")
+    class_lines(classes)
     task = opened(on, "restricted")
     kept = label_map(classes, task.train.classes)
-    check_votes(task, (k,) if classifier == "knn" else ())
+    check_votes(int(np.isin(task.train.labels, kept).sum()), (k,) if classifier == "knn" else ())
     shifted = load(test, "train", image_size=task.stored, root=on.root, limit=on.limit, progress=on.progress)
-    if len(shifted.classes) != len(kept):
-        raise ValueError(f"{test} has {len(shifted.classes)} classes and {classes} names {len(kept)}")
+    check_names(test, shifted.classes, classes, [task.train.classes[place] for place in kept])
     task = replace(task, test=shifted, where=test.name)
     found = evaluate.restricted(*task.features(features), kept, classifier=classifier, k=k, c=c, device=task.device)
     print(f"{classifier} on {test.name}, {found.n} test images of {found.classes} of {len(task.train.classes)} classes")
@@ -176,13 +224,15 @@ def precision(
     from prototypes_lib.checkpoints import load_network
     from prototypes_lib.evaluate.clusters import score_of
     from prototypes_lib.evaluate.precision import precision_of_run, redundancy_of_run
+    from prototypes_lib.scoreboard.paper import KNN, qualified
 
     positive(temperature=temperature, bins=bins, eps=eps)
+    check_votes(None, (k,), temperature)
     score_of(_run_folder(on), on.network)
     if load_network(on.model, on.network).prototypes is None:
         raise ValueError(f"{on.model}: this method has no prototypes (SimDINO, for example)")
     task = opened(on, "precision")
-    check_votes(task, (k,), temperature)
+    check_votes(len(task.train), (k,), temperature)
     train, test = task.features()
     options = {"k": k, "temperature": temperature, "bins": bins}
     found = precision_of_run(on.model, train, test, network=on.network, seed=on.seed, **options, **task.machine())
@@ -196,7 +246,8 @@ def precision(
     print(f"training images on {held.m} unique of {held.k} prototypes, by copies of a prototype")
     for i, factor in enumerate(held.factor):
         task.say(f"{factor} ({held.prototypes[i]} prototypes)", held.share[i])
-    scores = [score(task, f"kNN top-1 (%) [k={k}]", found.overall)]
+    told = {"k": str(k)} | unofficial({"temperature": 0.07}, temperature=temperature)
+    scores = [score(task, qualified(KNN, **told), found.overall)]
     if math.isfinite(found.trend):
         scores.append(score(task, "precision trend (rank correlation)", found.trend, found.trend_interval))
     task.write({"precision": found, "redundancy": held}, {"scores": scores}, eps=eps, **options)
@@ -210,19 +261,22 @@ def _run_folder(on: On) -> str:
     return on.model
 
 
-def _baseline(name: str | None, corruptions: tuple[str, ...]) -> Mapping[str, float] | None:
-    """Errors to divide by, of AlexNet or of a record, which must have all that is asked."""
-    from prototypes_lib.evaluate.robustness import ALEXNET
+def _baseline(name: str | None, corruptions: tuple[str, ...]) -> tuple[Mapping[str, float] | None, dict[str, Any]]:
+    """Errors to divide by, of AlexNet or of a record, which must have all that is asked; and how they were measured."""
+    from prototypes_lib.evaluate.robustness import ALEXNET, SEVERITIES
 
     if name is None or name == "alexnet":
-        return None if name is None else ALEXNET
+        return (None, {}) if name is None else (ALEXNET, {"severities": SEVERITIES})
     if not Path(name).is_file():
         raise FileNotFoundError(f"baseline {name} is neither alexnet nor a file that --json wrote")
     try:
-        result = json.loads(Path(name).read_text())["runs"][0]["result"]
+        run = json.loads(Path(name).read_text())["runs"][0]
+        result = run["result"]
         found = {"clean": 100 - result["accuracy"]} | {c: sum(e) / len(e) for c, e in result["error"].items()}
+        about = {"data": str(Path(run["data"])), "test images": run["n_test"]}
+        about |= {"severities": tuple(result["severities"]), "classifier": result["classifier"]}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"baseline {name} is no record of `prototypes evaluate robustness --json`") from error
     if lacking := [c for c in corruptions if c not in found]:
         raise ValueError(f"baseline {name} has no error of {', '.join(lacking)}")
-    return found
+    return found, about

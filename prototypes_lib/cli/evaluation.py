@@ -10,8 +10,8 @@ from typing import Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from prototypes_lib.cli.beyond_accuracy import clusters, precision, restricted, robustness
-from prototypes_lib.cli.task import Classifier, Kind, On, check_votes, opened, positive, score
+from prototypes_lib.cli.beyond_accuracy import clusters, long_tail, precision, restricted, robustness
+from prototypes_lib.cli.task import Kind, On, check_votes, opened, positive, score, unofficial
 
 
 def knn(
@@ -35,18 +35,26 @@ def knn(
         features: class token (C), of 4 blocks or with the mean patch (D), before the last norm (MSN).
     """
     from prototypes_lib import evaluate
+    from prototypes_lib.scoreboard.paper import KNN, qualified
 
     positive(temperature=temperature)
-    task = opened(on, "knn")
     prepared = {"length": True, "centered": "centered", "none": False}[normalize]
-    check_votes(task, k, temperature, weights, prepared, metric)
+    if not k:
+        raise ValueError("--k: give at least one number of neighbors")
+    check_votes(None, k, temperature, weights, prepared, metric)
+    task = opened(on, "knn")
+    check_votes(len(task.train), k, temperature, weights, prepared, metric)
     options = {"temperature": temperature, "weights": weights, "metric": metric}
     found = evaluate.knn(*task.features(features), k, normalize=prepared, **options, **task.machine())
     print(f"kNN on {task.where}, {found.n} test images, T = {temperature}")
     for count, accuracy in found.accuracy.items():
         low, high = found.interval[count]
         print(f"  k = {count:<4d} {accuracy:5.2f} %  [{low:.2f}, {high:.2f}]")
-    measured = {"knn": found.accuracy, "knn_interval": found.interval}
+    measured: dict = {"knn": found.accuracy, "knn_interval": found.interval}
+    official = {"temperature": 0.07, "weights": "exp", "metric": "dot", "normalize": "length", "features": "C"}
+    if changed := unofficial(official, normalize=normalize, features=features, **options):
+        name = {count: qualified(KNN, k=str(count), **changed) for count in found.accuracy}
+        measured = {"scores": [score(task, name[n], x, found.interval[n]) for n, x in found.accuracy.items()]}
     task.write(found, measured, k=k, normalize=normalize, features=features, **options)
     return 0
 
@@ -98,12 +106,11 @@ def linear(
         holdout: share of the training images that chooses among learning rates; 0: the test images choose.
     """
     from prototypes_lib import evaluate
-    from prototypes_lib.evaluate.linear import LRS_DINO, LRS_DINOV2, LRS_IBOT
+    from prototypes_lib.evaluate.linear import LRS_DINO, LRS_DINOV2, LRS_IBOT, check_options
+    from prototypes_lib.scoreboard.paper import LINEAR, qualified
 
-    positive(epochs=epochs, batch_size=batch_size, **{f"lrs {lr}": lr for lr in lrs})
-    if not 0 <= holdout < 1:
-        raise ValueError(f"holdout={holdout} must lie in [0, 1)")
     rates = lrs or {"dino": LRS_DINO, "ibot": LRS_IBOT, "dinov2": LRS_DINOV2}[sweep]
+    check_options(rates, epochs, batch_size, schedule, holdout)
     task = opened(on, "linear")
     options = {"epochs": epochs, "batch_size": batch_size, "schedule": schedule, "holdout": holdout}
     pixels = {"backbone": task.backbone, "size": task.size, **task.colors}
@@ -114,8 +121,12 @@ def linear(
     print(f"linear classifier on {task.where}, {found.n} test images, {'frozen' if frozen else 'augmented'} features")
     task.say(f"learning rate {found.lr:g}", found.accuracy, found.interval)
     task.say("best on the test images", found.official)
-    metric = f"linear top-1 (%) [features={'CLS' if features == 'C' else 'DINO'}]"
-    scores = [score(task, metric, found.accuracy, found.interval)]
+    official = {"frozen": False, "lrs": "", "epochs": 100, "batch_size": 256, "schedule": "epoch", "holdout": 0.1}
+    asked = options | {"frozen": frozen, "lrs": "/".join(f"{lr:g}" for lr in lrs)}
+    if len(rates) == 1:  # nothing to choose
+        del asked["holdout"]
+    told = {"features": "CLS" if features == "C" else "DINO"} | unofficial(official, **asked)
+    scores = [score(task, qualified(LINEAR, **told), found.accuracy, found.interval)]
     task.write(found, {"scores": scores}, features=features, lrs=rates, frozen=frozen, **options)
     return 0
 
@@ -143,9 +154,11 @@ def few_shot(
     import torch
 
     from prototypes_lib import evaluate
-    from prototypes_lib.evaluate.few_shot import draw_split, read_split
+    from prototypes_lib.evaluate.few_shot import draw_split, read_split, split_lines
 
     positive(lambd=lambd, splits=splits)
+    for path in split_files:
+        split_lines(path)
     task = opened(on, "few-shot")
     asked = (*images, *(() if share is None else (float(share),)))
     for number in () if split_files else asked:
@@ -178,27 +191,30 @@ def transfer(
     Args:
         on: model, data and machine.
         metric: what is told; auto is the official one, mean_per_class for Aircraft, Caltech-101, Flowers and Pets.
-        folds: choose by so many folds of the training images (vMF: 5) instead of a fifth held out.
+        folds: choose by so many folds of the training images (vMF: 5) instead of a fifth held out, or of official
+            validation images, which choose for Aircraft, DTD and Flowers by default.
         val: choose by the images in a folder's val/, beside train/ and test/.
         lambdas: strengths to choose among instead of the 45.
         features: class token (C), of 4 blocks or with the mean patch (D), before the last norm (MSN).
     """
-    from dataclasses import replace
-
     from prototypes_lib import evaluate
     from prototypes_lib.data import load
+    from prototypes_lib.data.datasets import OFFICIAL_VAL, WITHOUT_VAL
     from prototypes_lib.evaluate.transfer import LAMBDAS, METRIC, check_options
 
     if val and folds is not None:
         raise ValueError("--val and --folds both say how to choose: leave one out")
     check_options(folds=folds, lambdas=lambdas or LAMBDAS)
-    task = opened(on, "transfer")
+    task = opened(on, "transfer", dict.fromkeys(OFFICIAL_VAL if folds is None else (), WITHOUT_VAL))
+    if folds is not None and folds > len(task.train):
+        raise ValueError(f"folds={folds}: {len(task.train)} training images cannot be cut into {folds} parts")
+    val = val or (folds is None and task.where in OFFICIAL_VAL)
     told = METRIC.get(task.where.split("-lt-")[0], "top1") if metric == "auto" else metric
     options = {"metric": told, "folds": folds, "lambdas": lambdas or LAMBDAS}
-    held = load(task.where, "val", root=on.root, image_size=task.stored, progress=on.progress) if val else None
-    train, test = task.features(features)
-    if held is not None:
-        options["val"] = replace(task, test=held).features(features)[1]
+    own = {"root": on.root, "image_size": task.stored, "limit": on.limit, "progress": on.progress}
+    held = [load(task.where, "val", **own)] if val else []
+    train, test, *chooses = task.features(features, *held)
+    options |= {"val": chooses[0]} if val else {}
     found = evaluate.transfer(train, test, seed=on.seed, **options, **task.machine())
     print(f"transfer to {task.where}, {found.n} test images, {told}, lambda {found.lam:g} of {len(found.lambdas)}")
     task.say("accuracy", found.accuracy, found.interval)
@@ -207,7 +223,8 @@ def transfer(
     if not found.converged:
         print("  the last fit stopped before its optimum")
     scores = [score(task, "linear accuracy (%)", found.accuracy, found.interval)]
-    task.write(found, {"scores": scores}, metric=told, folds=folds, val=val, lambdas=lambdas, features=features)
+    measured = {"scores": scores} | ({"n_val": len(held[0])} if held else {})
+    task.write(found, measured, metric=told, folds=folds, val=val, lambdas=lambdas, features=features)
     return 0
 
 
@@ -243,7 +260,7 @@ def fine_tune(
     chosen = recipe if recipe != "auto" else "vit-b" if task.backbone.dim >= 768 else "vit-s"
     found = evaluate.fine_tune(
         task.backbone, task.train, task.test, settings=PRESETS[chosen].but(**asked), size=task.size, seed=on.seed,
-        workers=workers, **task.machine(),
+        workers=workers, **task.colors, **task.machine(),
     )  # fmt: skip
     lr, epoch, best = found.best
     print(f"fine-tuned on {task.where} by {chosen}, {found.n} test images")
@@ -253,44 +270,6 @@ def fine_tune(
     scores = [score(task, "fine-tuned top-1 (%)", found.accuracy, found.interval)]
     scores.append(score(task, "fine-tuned mean-per-class accuracy (%)", found.per_class))
     task.write(found, {"scores": scores}, recipe=chosen, **asked)
-    return 0
-
-
-def long_tail(
-    on: OmitArgPrefixes[On],
-    classifier: Classifier = "knn",
-    k: int = 20,
-    c: float = 1.0,
-    groups: Literal["100,20", "thirds"] = "100,20",
-    features: Kind = "C",
-) -> int:
-    """Accuracy of head, medium and tail classes; --data NAME-lt-FACTOR makes any data set long-tailed.
-
-    Args:
-        on: model, data and machine.
-        classifier: nearest neighbors or logistic regression.
-        k: neighbors.
-        c: weight of logistic regression's errors.
-        groups: head above 100 training images and tail below 20, or thirds of the classes.
-        features: class token (C), of 4 blocks or with the mean patch (D), before the last norm (MSN).
-    """
-    from prototypes_lib import evaluate
-
-    positive(c=c)
-    task = opened(on, "long-tail")
-    check_votes(task, (k,) if classifier == "knn" else ())
-    found = evaluate.long_tail(
-        *task.features(features), classifier=classifier, k=k, c=c, seed=on.seed,
-        groups="thirds" if groups == "thirds" else (100, 20), **task.machine(),
-    )  # fmt: skip
-    print(f"{classifier} on {task.where}, {found.n} test images of {found.classes} classes")
-    rows = {"top-1": (found.accuracy, found.interval), "balanced": (found.balanced, found.balanced_interval)}
-    rows |= {"macro-F1": (found.macro_f1, found.macro_f1_interval)}
-    rows |= {name: (group.accuracy, group.interval) for name, group in found.groups.items() if group.classes}
-    for name, row in rows.items():
-        task.say(name, *row)
-    scores = [score(task, f"{name} (%) [classifier={classifier}]", *row) for name, row in rows.items()]
-    task.write(found, {"scores": scores}, classifier=classifier, k=k, c=c, groups=groups, features=features)
     return 0
 
 

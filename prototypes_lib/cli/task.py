@@ -6,8 +6,10 @@ import math
 import os
 import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
@@ -62,16 +64,17 @@ class Task:
     config: dict[str, Any]  # of the run; of other models what is known
     start: float = field(default_factory=time.perf_counter)
 
-    def features(self, kind: str = "C") -> "tuple[Features, Features]":
-        """Frozen features of training and test images, of a kind of `evaluate.features.kind`."""
+    def features(self, kind: str = "C", *more: "Images") -> "tuple[Features, ...]":
+        """Frozen features of training and test images and of more sets, of a kind of `evaluate.features.kind`."""
         from prototypes_lib.evaluate.features import check, extract
         from prototypes_lib.evaluate.features import kind as options
 
         view = options(self.backbone, kind) | self.colors | {"size": self.size}
         own = {"device": self.device, "cache": self.on.cache, "progress": self.on.progress}
-        train, test = (extract(self.backbone, images, **view, **own) for images in (self.train, self.test))
-        check(train, test)
-        return train, test
+        train, *others = (extract(self.backbone, images, **view, **own) for images in (self.train, self.test, *more))
+        for other in others:
+            check(train, other)
+        return train, *others
 
     def machine(self) -> dict[str, Any]:
         """Device and progress, as protocols take them."""
@@ -135,8 +138,17 @@ def score(task: Task, metric: str, value: float, interval: tuple[float, float] |
     return vars(Score(task.verb, task.where, metric, value, low, high, len(task.test), task.on.seed))
 
 
-def opened(on: On, verb: str) -> Task:
-    """Everything a verb needs, or one clear line: a model, data or place that is not there, classes that differ."""
+def unofficial(official: dict[str, Any], **asked: Any) -> dict[str, str]:
+    """A metric's qualifiers: the options that are not the official protocol's, so that a score is no other's."""
+    plain = lambda x: ("no", "yes")[x] if isinstance(x, bool) else f"{x:g}" if isinstance(x, float) else str(x)
+    return {name: plain(x) for name, x in asked.items() if x != official[name]}
+
+
+def opened(on: On, verb: str, train_parts: Mapping[str, str] = MappingProxyType({})) -> Task:
+    """Everything a verb needs, or one clear line: a model, data or place that is not there, classes that differ.
+
+    train_parts: of some data sets, the split that trains instead of "train".
+    """
     from prototypes_lib.data import check_classes, load
     from prototypes_lib.train import pick_device
 
@@ -158,7 +170,7 @@ def opened(on: On, verb: str) -> Task:
         stored = native
     own = {"root": on.root, "image_size": stored, "limit": on.limit, "progress": on.progress}
     try:
-        train, test = (load(where, split, **own) for split in ("train", "test"))
+        train, test = (load(where, split, **own) for split in (train_parts.get(where, "train"), "test"))
     except RuntimeError as error:  # torchvision's word for a file that is missing or fails its checksum
         raise ValueError(str(error)) from error
     check_classes(train, test)
@@ -184,12 +196,19 @@ def positive(**numbers: float | None) -> None:
             raise ValueError(f"{name}={value} must be positive")
 
 
-def check_votes(task: Task, k: tuple[int, ...], temperature: float = 0.07, weights: str = "exp", *space: Any) -> None:
-    """Refuse, before features are made, what kNN would refuse after; space: normalize and metric."""
+def check_votes(
+    n: int | None, k: tuple[int, ...], temperature: float = 0.07, weights: str = "exp", *space: Any
+) -> None:
+    """Refuse what kNN among n training images would refuse after features are made; space: normalize and metric.
+
+    n: None before data are opened.
+    """
     from prototypes_lib.evaluate.knn import Vote, check_vote
 
     for count in k:
-        check_vote(Vote(count, temperature, weights), len(task.train), *(space or (True, "dot")))
+        if n is None and count < 1:
+            raise ValueError(f"k={count} must be at least 1")
+        check_vote(Vote(count, temperature, weights), count if n is None else n, *(space or (True, "dot")))
 
 
 def _about(model: str) -> dict[str, Any]:

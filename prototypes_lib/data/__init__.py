@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from prototypes_lib.data import long_tail, npm_cifar10, sources
-from prototypes_lib.data.datasets import DATASETS, Dataset, about, describe
+from prototypes_lib.data.datasets import DATASETS, WITHOUT_VAL, Dataset, about, describe
 from prototypes_lib.data.images import decode
 from prototypes_lib.data.pixels import Skipped, decode_all, sample
 
@@ -107,7 +107,8 @@ def load(
         name_or_path: a name in DATASETS, else a folder (write "./cifar10" for a folder of that name). With
             "-lt-FACTOR" at its end ("cifar10-lt-100", "-seed3" after it for another draw) the training split becomes
             long-tailed, n_c = n_max * FACTOR^(-c / (C - 1)), and the test split stays: see `long_tail.exponential`.
-        split: "train" or "test"; stl10 also has "unlabeled". data/README.md says what each set's splits are.
+        split: "train" or "test"; stl10 also has "unlabeled", folders with val/ and aircraft, dtd and flowers102 "val",
+            these three, whose "train" contains it, "train-without-val" too. data/README.md says what each set's are.
         root: where named data sets lie, in torchvision's layout (default: `default_root`).
         image_size: side in pixels of the central square every image is resized to. None keeps images as they
             are, which needs images of one size (the CIFARs, Fashion-MNIST, STL-10).
@@ -198,6 +199,8 @@ def _tail(name_or_path: str | Path) -> tuple[str, long_tail.LongTail | None]:
 def _listing(name_or_path: str | Path, split: str, root: Path, download: bool) -> sources.Listing:
     """The items of a split; of a long tail's training split those that it keeps."""
     base, tail = _tail(name_or_path)
+    if tail and base in DATASETS and split in ("val", WITHOUT_VAL):  # the tail of both together has images of val
+        raise ValueError(f"data: {name_or_path} has the splits train and test, not {split!r}")
     listing = _whole(base, split, root, download)
     if tail is None or split in ("test", "val"):
         return listing
@@ -301,7 +304,7 @@ def fetch(name: str, root: str | Path | None = None, progress: bool = True) -> s
         folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for split in DATASETS[base].images:
-        if tail and split == "unlabeled":  # no classes, no tail
+        if tail and split not in ("train", "test"):  # the others have no tail
             continue
         listing = _listing(name, split, folder, download=True)
         lines.append(f"{name} {split}: {len(listing.labels):,} images of {len(listing.classes):,} classes")

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+WITHOUT_VAL = "train-without-val"  # the split "train" less "val", of sets whose "train" is the official train + val
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -93,13 +95,13 @@ _ALL = {
     ),
     "flowers102": Dataset(
         "flowers of 102 species common in the United Kingdom",
-        {"train": 2_040, "test": 6_149},
+        {"train": 2_040, "test": 6_149, WITHOUT_VAL: 1_020, "val": 1_020},
         102,
         "345 MB",
         "none stated; images collected from the web, for research",
         "Nilsback and Zisserman, Automated Flower Classification over a Large Number of Classes, ICVGIP 2008",
         "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-        splits="train = official train + val; test = official test",
+        splits="train = official train + val, also apart; test = official test",
     ),
     "pets": Dataset(
         "cats and dogs of 37 breeds",
@@ -122,25 +124,25 @@ _ALL = {
     ),
     "aircraft": Dataset(
         "aircraft of 100 model variants (FGVC-Aircraft)",
-        {"train": 6_667, "test": 3_333},
+        {"train": 6_667, "test": 3_333, WITHOUT_VAL: 3_334, "val": 3_333},
         100,
         "2.8 GB",
         "non-commercial research only",
         "Maji, Kannala, Rahtu, Blaschko and Vedaldi, Fine-Grained Visual Classification of Aircraft, "
         "arXiv:1306.5151, 2013",
         "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
-        splits="official trainval and test",
+        splits="official trainval, also as train and val apart, and test",
         checked="number of images only: torchvision has no checksum for it",
     ),
     "dtd": Dataset(
         "textures described by 47 adjectives",
-        {"train": 3_760, "test": 1_880},
+        {"train": 3_760, "test": 1_880, WITHOUT_VAL: 1_880, "val": 1_880},
         47,
         "625 MB",
         "for research purposes",
         "Cimpoi, Maji, Kokkinos, Mohamed and Vedaldi, Describing Textures in the Wild, CVPR 2014",
         "https://www.robots.ox.ac.uk/~vgg/data/dtd/",
-        splits="partition 1 of the official ten: train = train + val; test = test",
+        splits="partition 1 of the official ten: train = train + val, also apart; test = test",
     ),
     "caltech101": Dataset(
         "101 kinds of objects, without the background class",
@@ -174,6 +176,7 @@ _ALL = {
     ),
 }
 DATASETS: Mapping[str, Dataset] = MappingProxyType(_ALL)
+OFFICIAL_VAL = tuple(name for name, entry in DATASETS.items() if WITHOUT_VAL in entry.images)
 
 
 def describe() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prototypes_lib.data.datasets import WITHOUT_VAL
 from prototypes_lib.files.archives import guarded
 
 EXTENSIONS = {
@@ -135,10 +136,11 @@ def _open(make: Callable, download: bool):
 
 
 def torchvision_set(name: str, root: Path, split: str, download: bool) -> Listing:
-    """The official train or test split of a torchvision data set, as `Listing`; see data/README.md."""
+    """The official splits of a torchvision data set, as `Listing`; see data/README.md."""
     from torchvision import datasets as tv
 
     train = split == "train"
+    part = "train" if split == WITHOUT_VAL else split  # where train and val are apart
     as_path = {"loader": Path}  # the classes' own loader would turn the path into an image
     match name:
         case "cifar10" | "cifar100":
@@ -158,12 +160,12 @@ def torchvision_set(name: str, root: Path, split: str, download: bool) -> Listin
             found = [_open(lambda **k: tv.Imagenette(root, part, size="320px", **as_path, **k), download)]
         case "flowers102" | "dtd":
             cls = tv.Flowers102 if name == "flowers102" else tv.DTD
-            parts = ("train", "val") if train else ("test",)
-            found = [_open(lambda part=p, **k: cls(root, part, **as_path, **k), download) for p in parts]
+            parts = ("train", "val") if train else (part,)
+            found = [_open(lambda p=p, **k: cls(root, p, **as_path, **k), download) for p in parts]
         case "food101":
             found = [_open(lambda **k: tv.Food101(root, split, **as_path, **k), download)]
         case "aircraft":
-            part = "trainval" if train else "test"
+            part = "trainval" if train else part
             found = [_open(lambda **k: tv.FGVCAircraft(root, part, **as_path, **k), download)]
         case "pets":
             part = "trainval" if train else "test"

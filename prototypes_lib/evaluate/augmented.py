@@ -28,13 +28,21 @@ from prototypes_lib.views import IMAGENET_MEAN, IMAGENET_STD, eval_view
 class _Augmented(Dataset):
     """Training images as timm's transform makes them (Pillow), each by numbers of its own: of seed, step and place."""
 
-    def __init__(self, images: Images, settings: FineTuning, size: int, seed: int):
+    def __init__(
+        self,
+        images: Images,
+        settings: FineTuning,
+        size: int,
+        seed: int,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ):
         self.images, self.seed, self.size, self.transform = images, seed, size, None
+        self.colors = {"mean": mean, "std": std}
         if settings.augment:
             self.transform = create_transform(
                 size, is_training=True, auto_augment=settings.rand_augment or None, color_jitter=0.4,
-                interpolation="bicubic", re_prob=settings.erase, re_mode="pixel", re_count=1, mean=IMAGENET_MEAN,
-                std=IMAGENET_STD,
+                interpolation="bicubic", re_prob=settings.erase, re_mode="pixel", re_count=1, **self.colors,
             )  # fmt: skip
             if size <= 32 and images.pixels.shape[1:3] == (size, size):
                 self.transform.transforms[0] = RandomCrop(size, padding=4)
@@ -49,7 +57,7 @@ class _Augmented(Dataset):
         labels = self.images.labels[rows].tolist()
         pixels = np.ascontiguousarray(self.images.pixels[rows])
         if self.transform is None:
-            return list(zip(eval_view(torch.from_numpy(pixels), self.size), labels, strict=True))
+            return list(zip(eval_view(torch.from_numpy(pixels), self.size, **self.colors), labels, strict=True))
         made = []
         for (step, place, _), picture in zip(keys, pixels, strict=True):
             reseed(number(self.seed, "augment", step, place))
@@ -62,10 +70,13 @@ def _posterize(picture: Image.Image, bits: int, **options) -> Image.Image:
     return posterize(picture, bits, **options) if bits else Image.new(picture.mode, picture.size)
 
 
-def batches(train: Images, settings: FineTuning, size: int, seed: int, workers: int) -> DataLoader:
+def batches(
+    train: Images, settings: FineTuning, size: int, seed: int, workers: int, **colors: tuple[float, float, float]
+) -> DataLoader:
     """Normalized images and labels of each part of each step of all epochs, made by so many processes ahead (or none).
 
-    Part j of a step has places j, j + accumulate, ... of its batch, so copies of an image fall into different parts.
+    colors: mean and std, ImageNet's by default. Part j of a step has places j, j + accumulate, ... of its batch, so
+    copies of an image fall into different parts.
     """
     n, per_epoch = settings.batch_size, len(train) // settings.batch_size
 
@@ -77,7 +88,7 @@ def batches(train: Images, settings: FineTuning, size: int, seed: int, workers: 
                 keys = [(step, place, row) for place, row in enumerate(batch)]
                 yield from (keys[part :: settings.accumulate] for part in range(settings.accumulate))
 
-    dataset = _Augmented(train, settings, size, seed)
+    dataset = _Augmented(train, settings, size, seed, **colors)
     return DataLoader(dataset, batch_sampler=parts(), num_workers=workers, generator=torch.Generator())
 
 

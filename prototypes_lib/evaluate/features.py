@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,14 +17,21 @@ from prototypes_lib.backbones import Backbone, TransformerBackbone
 from prototypes_lib.data import Images
 from prototypes_lib.data.pixels import available_memory
 from prototypes_lib.evaluate import feature_files
+from prototypes_lib.precision import wide
 from prototypes_lib.views import IMAGENET_MEAN, IMAGENET_STD, eval_view
+
+LARGEST = 1e15  # a feature: squares and sums of larger ones leave float32
 
 
 @dataclass(frozen=True)
 class Features:
-    """x: features (n, dim) in float32 on the CPU, in memory or in a mapped file; labels (n,)."""
+    """x: features (n, dim) on the CPU, in memory or in a mapped file; labels (n,).
 
-    x: Float[Tensor, "n dim"]
+    `extract` makes them in float32. Others may be of any precision, or whole numbers: protocols compute with them as
+    float32, with float64 as such.
+    """
+
+    x: Shaped[Tensor, "n dim"]
     labels: Int[Tensor, " n"]
 
 
@@ -158,7 +165,8 @@ def _transformed(transform: Callable[[Tensor, Tensor], Tensor], pixels: Tensor, 
 def check(train: Features, test: Features, rows: int = 2**14) -> None:
     """Raise ValueError, one line, unless a classifier can be trained on the one and tried on the other.
 
-    Refused: no images, features of different length, features that are not finite, labels that are unknown (-1).
+    Refused: no images, features of different length, features that are not finite or beyond 1e15, labels that are
+    unknown (-1).
     """
     for name, part in (("training", train), ("test", test)):
         if not len(part.x):
@@ -167,10 +175,11 @@ def check(train: Features, test: Features, rows: int = 2**14) -> None:
             raise ValueError(
                 f"{name} features must be (n, dim) with n labels, not {tuple(part.x.shape)} with {len(part.labels)}"
             )
-        finite = torch.cat([block.isfinite().all(1) for block in part.x.split(rows)])  # they may lie in a file
-        if not bool(finite.all()):
-            first, n = int(finite.int().argmin()), int((~finite).sum())
-            raise ValueError(f"features of {n} {name} images are not finite, the first of image {first}")
+        good = torch.cat([(wide(x).abs() <= LARGEST).all(1) for x in part.x.split(rows)])  # they may lie in a file
+        if not bool(good.all()):
+            first, n = int(good.int().argmin()), int((~good).sum())
+            fault = f"beyond {LARGEST:g} in size" if bool(part.x[first].isfinite().all()) else "not finite"
+            raise ValueError(f"features of {n} {name} images are {fault}, the first of image {first}")
         if int(part.labels.min()) < 0:
             raise ValueError(
                 f"{int((part.labels < 0).sum())} {name} images have no label (-1); evaluate on labeled ones"

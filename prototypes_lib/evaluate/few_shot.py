@@ -4,18 +4,20 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
 from prototypes_lib.data import Images
 from prototypes_lib.evaluate import logistic
 from prototypes_lib.evaluate.features import Features, check
-from prototypes_lib.evaluate.intervals import over_seeds, wilson
+from prototypes_lib.evaluate.intervals import check_seed, over_seeds, wilson
+from prototypes_lib.files.texts import read_lines
 
 Split = Sequence[int] | np.ndarray | Int[Tensor, " images"]  # places of its images in the training set
 
@@ -45,8 +47,8 @@ def few_shot(
     train: Features,
     test: Features,
     *,
-    images: int | Sequence[int] = (1, 2, 5),
-    splits: int | Sequence[Split] = 3,
+    images: int | np.integer | Sequence[int | np.integer] = (1, 2, 5),
+    splits: int | np.integer | Sequence[Split] = 3,
     share: float | None = None,
     lambd: float = 0.075,
     seed: int = 0,
@@ -80,12 +82,13 @@ def few_shot(
         ValueError: features that `check` refuses, a class with fewer images than asked for or none in a split,
             a split that names an image twice or one that is not there, an option out of range.
     """
+    check_seed(seed)
     check(train, test)
     if not 0 < lambd < math.inf:
         raise ValueError(f"lambd={lambd} must be positive")
-    if isinstance(splits, int):
-        images = (images,) if isinstance(images, int) else tuple(images)
-        named = _drawn(train.labels, images, splits, share, seed)
+    if isinstance(splits, Integral):
+        images = (images,) if isinstance(images, Integral) else images
+        named = _drawn(train.labels, tuple(map(int, images)), int(splits), share, seed)
     else:
         named = _given(train.labels, splits)
     todo = [(name, split) for name, group in named.items() for split in group]
@@ -116,7 +119,7 @@ def few_shot(
     )
 
 
-def prepared(x: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
+def prepared(x: Shaped[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
     """Each image's features minus their mean, divided by the length of what is left; zero where nothing is left.
 
     What cyanure.preprocess(x, centering=True, normalize=True, columns=False) does: no image sees another, so training
@@ -126,18 +129,19 @@ def prepared(x: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
     centered = wide - wide.mean(1, keepdim=True)
     length = centered.norm(dim=1, keepdim=True)
     nothing = length <= 1e-6 * wide.norm(dim=1, keepdim=True)  # a constant's rounding errors aren't a direction
-    return torch.where(nothing, 0.0, centered / length).to(x.dtype)
+    return torch.where(nothing, 0.0, centered / length).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def draw_split(
-    labels: Int[Tensor, " n"], images: int | float, split: int = 0, seed: int = 0
+    labels: Int[Tensor, " n"], images: int | np.integer | float, split: int = 0, seed: int = 0
 ) -> Int[np.ndarray, " images"]:
     """Places of so many images of each class, in ascending order: a function of (seed, split, images) and the labels.
 
     images: a number, or a share in (0, 1) of each class, rounded, but at least one image.
 
-    Raises ValueError for a class with fewer images, a number below 1 or a share outside (0, 1).
+    Raises ValueError for a class with fewer images, a number below 1, a share outside (0, 1) or a negative seed.
     """
+    check_seed(seed)
     if not (0 < images < 1 if isinstance(images, float) else images >= 1):
         raise ValueError(f"images={images} a class: give a number from 1, or a share in (0, 1)")
     labels = labels.numpy()
@@ -161,20 +165,26 @@ def read_split(path: str | Path, images: Images) -> Int[np.ndarray, " images"]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty file, a name that is not among the images (or is more than one of them), a place beyond
-            the last image, an image listed twice, or a class of which there is no image in the list.
+        ValueError: an empty file or none in UTF-8, a name that is not among the images (or is more than one of them), a
+            place beyond the last image, an image listed twice, or a class of which there is no image in the list.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"few-shot split {path}: no such file; leave splits=3 to draw them from the seed")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"few-shot split {path} is empty; list one image a line")
+    lines = split_lines(path)
     try:
         places = [int(line) for line in lines] if all(line.isdecimal() for line in lines) else _places(lines, images)
         return _checked(torch.from_numpy(images.labels), places, lambda label: repr(images.classes[label]))
     except ValueError as error:
         raise ValueError(f"few-shot split {path}: {error}") from error
+
+
+def split_lines(path: str | Path) -> list[str]:
+    """The lines of a split that say something: what `read_split` can check without the images. Raises as it does."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"few-shot split {path}: no such file; leave splits=3 to draw them from the seed")
+    lines = [line for line in read_lines(path) if line]
+    if not lines:
+        raise ValueError(f"few-shot split {path} is empty; list one image a line")
+    return lines
 
 
 def _places(lines: list[str], images: Images) -> list[int]:
@@ -196,7 +206,10 @@ def _places(lines: list[str], images: Images) -> list[int]:
 
 def _checked(labels: Int[Tensor, " n"], places: Split, name: Callable[[int], str] = str) -> Int[np.ndarray, " images"]:
     """The places as an array, if it is a split: some images, each there and once, and of each class at least one."""
-    split = np.atleast_1d(np.asarray(places, dtype=np.int64))
+    try:
+        split = np.atleast_1d(np.asarray(places, dtype=np.int64))
+    except OverflowError:  # beyond what any array has
+        raise ValueError(f"there is no image {max(places, key=abs)}; the {len(labels):,} images end before") from None
     if not len(split):
         raise ValueError("no images; list at least one of each class")
     if split.min() < 0 or split.max() >= len(labels):

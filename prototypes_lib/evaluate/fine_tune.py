@@ -22,7 +22,7 @@ from prototypes_lib.evaluate.augmented import batches, mix, random_state, reseed
 from prototypes_lib.evaluate.intervals import wilson
 from prototypes_lib.evaluate.recipes import CPU, INAT_B, INAT_S, PRESETS, SMALL_SETS, VIT_B, VIT_S, FineTuning
 from prototypes_lib.schedules import cosine
-from prototypes_lib.views import eval_view
+from prototypes_lib.views import IMAGENET_MEAN, IMAGENET_STD, eval_view
 
 __all__ = [
     "CPU",
@@ -75,6 +75,8 @@ def fine_tune(
     seed: int = 0,
     device: str | torch.device = "cpu",
     workers: int = 0,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
     progress: bool = True,
 ) -> FineTune:
     """Train a copy of the backbone with a linear head on its class token (a ResNet's pooled map), and test each epoch.
@@ -105,6 +107,7 @@ def fine_tune(
         size: side of the network's input in px; by default the training images' own side, cut to whole patches.
         workers: processes that augment the next images meanwhile, each with a copy of the images where processes cannot
             be forked (macOS, Windows).
+        mean, std: of the colors, those the backbone was trained with.
 
     Raises:
         ValueError: before any work: a batch larger than the training set, images without label, a single class, classes
@@ -119,6 +122,7 @@ def fine_tune(
         backbone.check_size(size)
         n_classes = int(max(train.labels.max(), test.labels.max())) + 1
         truth = torch.from_numpy(np.asarray(test.labels))
+        colors = {"mean": mean, "std": std}
         steps = len(settings.lrs) * settings.epochs * (len(train) // settings.batch_size)
         curves: dict[float, tuple[float, ...]] = {}
         losses: dict[float, tuple[float, ...]] = {}
@@ -126,8 +130,9 @@ def fine_tune(
         with tqdm(total=steps, desc="fine-tuning", file=sys.stdout, mininterval=5, disable=not progress) as bar:
             for lr in settings.lrs:
                 network = Classifier(backbone, n_classes, settings, seed).to(device)
-                for loss in epochs(network, train, lr, settings, size=size, seed=seed, workers=workers, bar=bar):
-                    last[lr] = predict(network, test, size, device) == truth
+                own = {"size": size, "seed": seed, "workers": workers, "bar": bar}
+                for loss in epochs(network, train, lr, settings, **own, **colors):
+                    last[lr] = predict(network, test, size, device, **colors) == truth
                     curves[lr] = (*curves.get(lr, ()), 100 * float(last[lr].double().mean()))
                     losses[lr] = (*losses.get(lr, ()), loss)
                     bar.set_postfix_str(f"lr {lr:g}, epoch {len(losses[lr])}: {curves[lr][-1]:.1f} %", refresh=False)
@@ -198,8 +203,11 @@ def epochs(
     seed: int,
     workers: int = 0,
     bar: tqdm | None = None,
+    **colors: tuple[float, float, float],
 ) -> Iterator[float]:
     """Train the network in place, on the device where it is; yields the mean loss after each epoch.
+
+    colors: mean and std, ImageNet's by default.
 
     Raises FloatingPointError where the loss is not finite.
     """
@@ -211,7 +219,7 @@ def epochs(
         warmup_steps=settings.warmup_epochs * per_epoch, warmup_from=settings.warmup_lr,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    loader = iter(batches(train, settings, size, seed, workers))
+    loader = iter(batches(train, settings, size, seed, workers, **colors))
     for epoch in range(settings.epochs):
         network.train()
         total = 0.0
@@ -242,14 +250,16 @@ def epochs(
 
 
 @torch.no_grad()
-def predict(network: Classifier, images: Images, size: int, device: torch.device) -> Int[Tensor, " n"]:
+def predict(
+    network: Classifier, images: Images, size: int, device: torch.device, **colors: tuple[float, float, float]
+) -> Int[Tensor, " n"]:
     """The class with the highest score for each image, on the CPU."""
     network.eval()
     found = []
     for start in range(0, len(images), 256):
         pixels = torch.from_numpy(np.ascontiguousarray(images.pixels[start : start + 256])).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            found.append(network(eval_view(pixels, size)).argmax(-1).cpu())
+            found.append(network(eval_view(pixels, size, **colors)).argmax(-1).cpu())
     return torch.cat(found)
 
 

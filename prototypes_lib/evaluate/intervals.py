@@ -10,11 +10,18 @@ from torch import Tensor
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a proportion, in percent."""
+    """The Wilson score interval of a proportion, in percent; exactly from 0 without a hit, to 100 without a miss."""
     p, z2 = hits / n, z * z
     center = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5
-    return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
+    low, high = max(0.0, center - half), min(1.0, center + half)
+    return 100 * low if hits else 0.0, 100 * high if hits < n else 100.0  # there the sums round to almost these
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError, one line, for a seed that not every generator takes."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must lie between 0 and 2^63 - 1")
 
 
 def bootstrap(
@@ -29,8 +36,9 @@ def bootstrap(
 
     values: one row a test image (its hit, or its truth and prediction); statistic: of such rows, in its own unit.
 
-    Raises ValueError without an image, for fewer than 2 draws, or a level outside (0, 1).
+    Raises ValueError without an image, for fewer than 2 draws, a level outside (0, 1), or a negative seed.
     """
+    check_seed(seed)
     if not len(values) or draws < 2 or not 0 < level < 1:
         told = f"{len(values)} images, {draws} draws, level {level}"
         raise ValueError(f"a bootstrap needs images, 2 draws or more and a level in (0, 1), not {told}")

@@ -6,9 +6,11 @@ A protocol is how features are prepared (`normalize`), what is near (`metric`), 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from prototypes_lib.evaluate.features import Features, check
@@ -55,7 +57,7 @@ class KNN:
 def knn(
     train: Features,
     test: Features,
-    k: int | Sequence[int] = (10, 20, 100, 200),
+    k: int | np.integer | Sequence[int | np.integer] = (10, 20, 100, 200),
     *,
     temperature: float = 0.07,
     weights: str = "exp",
@@ -89,7 +91,7 @@ def knn(
         ValueError: features that `features.check` refuses, k outside 1 .. number of training images, a temperature that
             is not positive, or a choice that is none of these.
     """
-    votes = [Vote(count, temperature, weights) for count in ((k,) if isinstance(k, int) else k)]
+    votes = [Vote(int(count), temperature, weights) for count in ((k,) if isinstance(k, Integral) else k)]
     check(train, test)
     hits = correct(train, test, votes, normalize, metric, device=device, block=block, held=held, progress=progress)
     found, n = dict(zip((vote.k for vote in votes), hits, strict=True)), len(test.x)
@@ -102,7 +104,7 @@ def knn(
 
 def predict(
     train: Features,
-    test_x: Float[Tensor, "n dim"],
+    test_x: Shaped[Tensor, "n dim"],
     k: int = 20,
     temperature: float = 0.07,
     *,

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
 from prototypes_lib.backbones import Backbone
 from prototypes_lib.data import Images, check_classes
 from prototypes_lib.evaluate.features import Features, _in_eval_mode, check, extract, kind
-from prototypes_lib.evaluate.intervals import wilson
+from prototypes_lib.evaluate.intervals import check_seed, wilson
 from prototypes_lib.photometric import Photometric
 from prototypes_lib.schedules import cosine
 from prototypes_lib.views import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
@@ -110,7 +110,8 @@ def linear(
             that differ, an option out of range, no image to hold out.
     """
     lrs = tuple(float(lr) for lr in lrs)
-    _check_options(lrs, epochs, batch_size, schedule, holdout)
+    check_seed(seed)
+    check_options(lrs, epochs, batch_size, schedule, holdout)
     augmented = _check_sets(train, test, backbone)
     labels = torch.as_tensor(train.labels)
     held = _held_out(labels, holdout, seed) if holdout and len(lrs) > 1 else None
@@ -178,7 +179,7 @@ class Heads:
     def __init__(
         self,
         classes: Int[Tensor, " classes"],
-        x: Float[Tensor, "n dim"],
+        x: Shaped[Tensor, "n dim"],
         lrs: Sequence[float],
         scale: float,
         draw: torch.Generator,
@@ -191,7 +192,7 @@ class Heads:
         self.velocity = torch.zeros_like(self.weight)
 
     @torch.no_grad()
-    def scores(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, "n classes heads"]:
+    def scores(self, x: Shaped[Tensor, "n dim"]) -> Float[Tensor, "n classes heads"]:
         """W x + b of each head, in float32 at least."""
         weight, x = self.weight.flatten(0, 1), x.to(self.weight)
         with torch.autocast(x.device.type, enabled=False):
@@ -200,7 +201,7 @@ class Heads:
     @torch.no_grad()
     def step(
         self,
-        x: Float[Tensor, "batch dim"],
+        x: Shaped[Tensor, "batch dim"],
         labels: Int[Tensor, " batch"],
         shares: Float[Tensor, "groups batch"],
         factor: float,
@@ -284,7 +285,8 @@ def _check_sets(train: Features | Images, test: Features | Images, backbone: Bac
     return True
 
 
-def _check_options(lrs: tuple[float, ...], epochs: int, batch_size: int, schedule: str, holdout: float) -> None:
+def check_options(lrs: tuple[float, ...], epochs: int, batch_size: int, schedule: str, holdout: float) -> None:
+    """Raise ValueError, one line, for options that `linear` would refuse: to be told before data are read."""
     if not lrs or len(set(lrs)) < len(lrs) or not all(0 < lr < math.inf for lr in lrs):
         raise ValueError(f"lrs={lrs}: give positive learning rates, each once")
     if epochs < 1 or batch_size < 1:

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
 from prototypes_lib.evaluate.features import Features, check
+from prototypes_lib.precision import wide
 
 MEMORY = 20  # pairs of steps and changes of the gradient that a direction is made of
 COARSE = 1e-9  # relative gap at which float32 leaves the rest to float64
@@ -20,8 +21,9 @@ class Classifier:
     """Linear classifier: logits W x + b of `classes`, the labels that its training images had.
 
     objective: c * sum_i CE_i + |W|^2 / 2 where it ended; gradient: largest entry of the gradient of objective / (c n);
-    gap: by how much of itself the objective is estimated to lie above the optimum; converged: whether that is below
-    the tolerance.
+    gap: the share of the objective that L-BFGS still expects to gain, an estimate of the distance to the optimum, from
+    below: near it where classes overlap, with a huge c (1e6) thousands of times too small; converged: whether it is
+    below the tolerance.
     """
 
     weight: Float[Tensor, "classes dim"]
@@ -34,16 +36,17 @@ class Classifier:
     iterations: int
     converged: bool
 
-    def scores(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, "n classes"]:
-        """Logits of each image, one column for each of `classes`, where x is."""
-        made = x.new_empty(len(x), len(self.classes))
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+    def scores(self, x: Shaped[Tensor, "n dim"]) -> Float[Tensor, "n classes"]:
+        """Logits of each image, one column for each of `classes`, where x is; in float32, or in float64 as x."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        made = x.new_empty(len(x), len(self.classes), dtype=dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             for rows in _rows(len(x), x.shape[1] + len(bias), weight.device):
-                made[rows] = torch.addmm(bias, x[rows].to(weight.device), weight.T).to(x.device)
+                made[rows] = torch.addmm(bias, wide(x[rows].to(weight.device)), weight.T).to(x.device)
         return made
 
-    def predict(self, x: Float[Tensor, "n dim"]) -> Int[Tensor, " n"]:
+    def predict(self, x: Shaped[Tensor, "n dim"]) -> Int[Tensor, " n"]:
         """Label of the largest logit of each image, where x is."""
         made = torch.empty(len(x), dtype=torch.long, device=x.device)
         for rows in _rows(len(x), x.shape[1] + len(self.bias), self.weight.device):
@@ -89,7 +92,7 @@ def path(
 
     Args:
         intercept: a bias b, not penalized.
-        tol: relative gap to the optimal objective.
+        tol: for `gap`, an estimate: no bound on the distance to the optimum.
         device: where products are taken, in float64 too. What does not fit there goes there block by block.
 
     Raises:

@@ -13,6 +13,7 @@ from prototypes_lib.evaluate.intervals import wilson
 from prototypes_lib.evaluate.knn import predict
 from prototypes_lib.evaluate.logistic import fit
 from prototypes_lib.evaluate.robustness import check_classifier
+from prototypes_lib.files.texts import read_lines
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ def restricted(
     network's logits. kNN, which official code does not have, looks for neighbors among training images of kept classes.
 
     Raises: ValueError, one line, for features that do not fit, a classifier that is none, a k beyond the training
-        images of kept classes, test labels beyond them, or a kept class that no training image has.
+        images of kept classes, test labels beyond them, a class kept twice, or one that no training image has.
     """
     features.check(train, test)
     kept = torch.as_tensor(list(kept), dtype=torch.long)
     if not len(kept) or int(test.labels.max()) >= len(kept):
         raise ValueError(f"{len(kept)} classes are kept, but test labels go up to {int(test.labels.max())}")
+    if len(set(kept.tolist())) < len(kept):
+        raise ValueError(f"class {int(kept.mode().values)} is kept twice; name each class once")
     missing = sorted(set(kept.tolist()) - set(train.labels.unique().tolist()))
     if missing:
         raise ValueError(f"no training image has class {missing[0]}, one of {len(missing)} kept classes without any")
@@ -75,19 +78,15 @@ def label_map(path: str | Path, classes: Sequence[str]) -> tuple[int, ...]:
     That is the order of the test folder's labels. A line is a class name (for ImageNet a WordNet id), perhaps followed
     by a tab or space and its index, which must then be right; empty lines and those that start with # do not count.
 
-    Raises: FileNotFoundError or ValueError, one line: no file, no class in it, a class unknown, twice, or misnumbered.
+    Raises: FileNotFoundError or ValueError, one line: no file, none in UTF-8, no class in it, a class unknown, twice,
+        or misnumbered.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no list of classes {path}; write one with a class name a line")
     place, found = {name: i for i, name in enumerate(classes)}, {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        name, index = line.strip(), ""
-        if not name or name.startswith("#"):
-            continue
+    for number, line in class_lines(path).items():
+        name, index = line, ""
         if name not in place:  # names may have spaces
-            name, _, index = line.strip().replace("\t", " ").rpartition(" ")
-            name, index = (name.strip(), index) if index.isdigit() else (line.strip(), "")
+            name, _, index = line.replace("\t", " ").rpartition(" ")
+            name, index = (name.strip(), index) if index.isdigit() else (line, "")
         if name not in place:
             near = difflib.get_close_matches(name, place, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -96,6 +95,23 @@ def label_map(path: str | Path, classes: Sequence[str]) -> tuple[int, ...]:
             fault = "is there twice" if name in found else f"is class {place[name]}, not {index}"
             raise ValueError(f"{path}, line {number}: {name!r} {fault}")
         found[name] = place[name]
-    if not found:
-        raise ValueError(f"{path} lists no class; write a class name a line")
     return tuple(found[name] for name in sorted(found))
+
+
+def class_lines(path: str | Path) -> dict[int, str]:
+    """The lines of a list of classes that count, by their numbers: what `label_map` can check without the classes."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no list of classes {path}; write one with a class name a line")
+    lines = {i: line for i, line in enumerate(read_lines(path), start=1) if line and not line.startswith("#")}
+    if not lines:
+        raise ValueError(f"{path} lists no class; write a class name a line")
+    return lines
+
+
+def check_names(folder: str | Path, names: Sequence[str], path: str | Path, listed: Sequence[str]) -> None:
+    """Raise ValueError, one line, unless a test folder's classes are those that the file of `label_map` lists."""
+    if differ := sorted(set(names) ^ set(listed)):
+        has, lacks = (folder, path) if differ[0] in names else (path, folder)
+        counts = f"{folder} has {len(names)} classes and {path} names {len(listed)}"
+        raise ValueError(f"{counts}: {differ[0]!r} is in {has} and not in {lacks}")

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from prototypes_lib.data import Images
 from prototypes_lib.evaluate import features
 from prototypes_lib.evaluate.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from prototypes_lib.evaluate.features import Features
-from prototypes_lib.evaluate.intervals import bootstrap, wilson
+from prototypes_lib.evaluate.intervals import bootstrap, check_seed, wilson
 from prototypes_lib.evaluate.knn import predict
 from prototypes_lib.evaluate.logistic import fit
 
@@ -87,12 +88,14 @@ def robustness(
 
     Args:
         train: clean features of the same backbone, with the same size and options.
-        baseline: errors in percent as `ALEXNET` has them, or another result on the same corruptions.
+        baseline: errors in percent as `ALEXNET` has them, the means over `severities`; or another result with the same
+            corruptions, severities and classifier on as many test images (its `mean_error` is taken unasked).
         size: side of the view, by default the images' own side cut to whole patches.
         extraction: options of `features.extract` that `train` was made with (blocks, pool, mean, batch_size, ...).
 
     Raises: ValueError, one line, before any work, for features that do not fit, unknown corruptions or severities, a
-        classifier that is none, a k beyond the training images, or a baseline that lacks a corruption or has no error.
+        classifier that is none, a k beyond the training images, a negative seed, or a baseline that lacks a
+        corruption, has no error or was measured otherwise.
     """
     names, severities = tuple(corruptions), tuple(severities)
     side = min(test.pixels.shape[1:3])
@@ -100,7 +103,8 @@ def robustness(
     kinds = [Corruption(name, severity, seed, size) for name in names for severity in severities]
     if not kinds or len(set(kinds)) < len(kinds):
         raise ValueError(f"give corruptions and severities, each once; got {names} and {severities}")
-    base = _baseline(baseline, names)
+    base = _baseline(baseline, names, severities, classifier, len(test))
+    check_seed(seed)
     check_classifier(train, classifier, k)
     labels = torch.from_numpy(np.array(test.labels))
 
@@ -144,7 +148,13 @@ def _summary(
     )  # fmt: skip
 
 
-def _baseline(baseline: Mapping[str, float] | Robustness | None, names: Sequence[str]) -> Mapping[str, float] | None:
+def _baseline(
+    baseline: Mapping[str, float] | Robustness | None,
+    names: Sequence[str],
+    severities: Sequence[int],
+    classifier: str,
+    n: int,
+) -> Mapping[str, float] | None:
     if baseline is None:
         return None
     found = baseline.mean_error if isinstance(baseline, Robustness) else baseline
@@ -154,7 +164,19 @@ def _baseline(baseline: Mapping[str, float] | Robustness | None, names: Sequence
     for name in names:
         if not found[name] > 0:
             raise ValueError(f"the baseline's error of {name} is {found[name]} %: nothing can be divided by it")
+    measured = {"severities": SEVERITIES} if baseline == ALEXNET else {}
+    if isinstance(baseline, Robustness):
+        measured = {"severities": baseline.severities, "classifier": baseline.classifier, "test images": baseline.n}
+    check_alike(measured, {"severities": severities, "classifier": classifier, "test images": n})
     return found
+
+
+def check_alike(baseline: Mapping[str, Any], asked: Mapping[str, Any], name: str = "the baseline") -> None:
+    """Raise ValueError, one line, where a baseline is known to be measured otherwise; severities in any order."""
+    for what in (what for what in asked if what in baseline):
+        theirs, ours = (sorted(x) if what == "severities" else x for x in (baseline[what], asked[what]))
+        if theirs != ours:
+            raise ValueError(f"{name} was measured with {what} {theirs}, not {ours}: measure both alike")
 
 
 def check_classifier(train: Features, classifier: str, k: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from prototypes_lib.data.datasets import DATASETS
 from prototypes_lib.evaluate import logistic
 from prototypes_lib.evaluate.features import Features, check
-from prototypes_lib.evaluate.intervals import bootstrap, wilson
+from prototypes_lib.evaluate.intervals import bootstrap, check_seed, wilson
 
 LAMBDAS = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))  # the official grid
 METRICS = ("top1", "mean_per_class")
@@ -25,7 +25,7 @@ class Transfer:
 
     interval: 95 %, Wilson's for top-1, else by a bootstrap over test images. validation: accuracies that chose, one for
     each of `lambdas`. at_edge: the chosen one is the smallest or largest, so a wider grid might do better. converged:
-    whether the final classifier reached its optimum.
+    whether the final classifier reached its optimum; unconverged: how many of those that chose lambda did not.
     """
 
     accuracy: float
@@ -37,6 +37,7 @@ class Transfer:
     validation: tuple[float, ...]
     at_edge: bool
     converged: bool
+    unconverged: int
     n: int
     seed: int
 
@@ -59,11 +60,17 @@ def transfer(
     cross-validation (vMF: folds=5); the first of equals is taken. Then the classifier is fitted again to all images
     of train and val with the same lambda. Features are taken as they are, neither normalized nor standardized.
 
-    Differences from the official code: the optimum of each lambda (`logistic`) where that stops after 100 iterations,
-    reached or not; the fifth is drawn by torch, so it is another; and two classes have a weight vector each. vMF does
-    not say how its folds are made: ours hold each class as evenly as can be, and the accuracy is of all images
-    together, each predicted by the classifier that has not seen its fold. Classes that a classifier has not seen, such
-    as a class of one image while it validates, count as missed.
+    Official validation images (Aircraft, DTD, Flowers) are `data.load(name, "val")`, with
+    `data.load(name, "train-without-val")` for `train`; "train" there contains both. `prototypes evaluate transfer`
+    takes them by default.
+
+    Differences from the official code: it resizes the shorter side to 224 px and takes the central square of that, all
+    of the shorter side, where `extract`, hence the command, takes 224 of 256 px as kNN does; the optimum of each lambda
+    (`logistic`) where that stops after 100 iterations, reached or not; the fifth is drawn by torch, so it is another;
+    and two classes have a weight vector each. vMF does not say how its folds are made: ours hold each class as evenly
+    as can be, and the accuracy is of all images together, each predicted by the classifier that has not seen its fold.
+    Classes that a classifier has not seen, such as a class of one image while it validates, count as missed; where it
+    would have seen one class, that is the answer.
 
     Args:
         metric: "top1", or "mean_per_class" over the classes that have test images; METRIC has the official one.
@@ -75,6 +82,7 @@ def transfer(
     """
     lambdas = tuple(float(lam) for lam in lambdas)
     check_options(val=val, folds=folds, lambdas=lambdas, metric=metric)
+    check_seed(seed)
     check(train, test)
     if val is not None:
         check(train, val)
@@ -88,10 +96,14 @@ def transfer(
     else:
         part = _folds(train.labels, folds, seed) if folds else _fifth(n, seed)
         rounds = ((_of(train, part != i), _of(train, part == i)) for i in range(folds or 1))
-    truth, predicted = [], []
+    truth, predicted, unconverged = [], [], 0
     for seen, held_out in rounds:
         truth.append(held_out.labels)
+        if bool((seen.labels == seen.labels[0]).all()):  # nothing to tell apart
+            predicted.append(seen.labels[0].expand(len(cs), len(held_out.labels)))
+            continue
         found = logistic.path(seen, cs, **options)
+        unconverged += sum(not classifier.converged for classifier in found)
         predicted.append(torch.stack([classifier.predict(held_out.x) for classifier in found]))
     right, guesses = torch.cat(truth), torch.cat(predicted, dim=1)
     validation = tuple(accuracy(guess, right, metric) for guess in guesses)
@@ -116,6 +128,7 @@ def transfer(
         validation=validation,
         at_edge=lambdas[best] in (min(lambdas), max(lambdas)),
         converged=classifier.converged,
+        unconverged=unconverged,
         n=len(answers),
         seed=seed,
     )

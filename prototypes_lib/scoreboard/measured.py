@@ -4,15 +4,20 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from prototypes_lib.evaluate.intervals import over_seeds
-from prototypes_lib.scoreboard.paper import INITIALIZED, KNN, LARGEST, METHOD, TRANSFER, UNIQUE, Printed, split
-from prototypes_lib.scoreboard.schema import Record
+from prototypes_lib.scoreboard import paper
+from prototypes_lib.scoreboard.paper import INITIALIZED, KNN, LARGEST, LINEAR, METHOD, TRANSFER, UNIQUE, Printed, split
+from prototypes_lib.scoreboard.schema import Record, run_name
 from prototypes_lib.sweeps import best
 
 Records = dict[str, Record]
+Found = tuple[float, float, float]  # a number of one run and its own interval, nan where it has none
 BALANCED, LONG_TAILED, TRANSFERRED = ("80_", "52_"), ("84_",), ("82_",)  # records by the beginning of their names
+SAME = {"fine-tuned accuracy (%)": "fine-tuned top-1 (%)"}  # the papers' two names of one metric
+FREE = {KNN: {"k"}, LINEAR: {"features"}}  # qualifiers that may be there unprinted; others mean another protocol
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,30 @@ class Measured:
 
 
 def measured(row: Printed, records: Records) -> Measured | None:
-    """The first record that has it, in the order of `places`; None where none has."""
+    """The first record that has it, in the order of `places`, then any that no notebook wrote; None where none has.
+
+    Those, as `prototypes evaluate --json` writes them, count where the run has the name of the method's runs or of the
+    row's paper run and was trained on a long tail if the row's was.
+    """
     if (row.paper, row.table) == ("PPC", "Fig. 3"):
         return _gain(row, records)
     for beginning, run in places(row):
         for record in beginning_with(records, beginning):
             if found := reading(record, run, row.metric, row.dataset):
                 return found
+    names = dict.fromkeys([run for _, run in places(row)] + [paper.paper_run(row)])
+    tailed = "pretrain" in split(row.method)[1]
+    for record in (record for name, record in records.items() if not re.match(r"\d\d_", name)):
+        for run in names:
+            like = run and any(_on_tail(r) == tailed for r in record.of(run))
+            if like and (found := reading(record, run, row.metric, row.dataset)):
+                return found
     return None
+
+
+def _on_tail(run: dict[str, Any]) -> bool:
+    data = setting(run, "run", "data") or ""
+    return "-lt-" in data or data == "inaturalist-2018"
 
 
 def beginning_with(records: Records, beginning: str) -> list[Record]:
@@ -103,37 +124,41 @@ def reading(record: Record, run: str, metric: str, dataset: str = "") -> Measure
     found = [(seed, x) for seed, x in found if x is not None]
     if not found:
         return None
+    one = next(r for r in runs if value(r, metric, dataset) is not None)
+    return _mean((record.name, run, *evaluated_on(one, metric, dataset)), found, len(runs) - len(found))
+
+
+def _mean(key: tuple[str, str, str, str], found: Sequence[tuple[int | None, Found]], left_out: int = 0) -> Measured:
+    """Numbers of runs by seed as one: key is record, run, data set and metric."""
     seeds, values = tuple(seed for seed, _ in found), [x[0] for _, x in found]
     mean, half = over_seeds(values)
     low, high, over = mean - half, mean + half, "seeds"
     if len(values) == 1:
         low, high = found[0][1][1:]
         over = "test images" if math.isfinite(low) else "nothing"
-    if metric == INITIALIZED:  # a setting
+    if key[3] == INITIALIZED:  # a setting
         low, high, over = math.nan, math.nan, "nothing"
-    one = next(r for r in runs if value(r, metric, dataset) is not None)
-    where = evaluated_on(one, metric, dataset)
-    return Measured(record.name, run, *where, mean, low, high, over, seeds, len(runs) - len(found))
+    return Measured(*key, mean, low, high, over, seeds, left_out)
 
 
-def value(run: dict[str, Any], metric: str, dataset: str = "") -> tuple[float, float, float] | None:
-    """One run's number with its own interval (nan where it has none), or None.
+def value(run: dict[str, Any], metric: str, dataset: str = "") -> Found | None:
+    """One run's number with its own interval, or None.
 
-    A score with the metric comes first; a printed qualifier must be there, one that is not printed may be any. Without
-    one: kNN of the run's best k on the test images (as the papers pick theirs), M of the last step, K of the recipe.
+    A score with the metric comes first, on the data the run was trained on where the row names no other: a printed
+    qualifier must be there, one that is not printed must not, but for those of FREE. Without one: kNN of the run's best
+    k on the test images (as the papers pick theirs), M of the last step, K of the recipe.
     """
     if scores := _scores(run, metric, dataset):
         if len(scores) > 1:  # an average over data sets
             return sum(s["value"] for s in scores) / len(scores), math.nan, math.nan
-        low, high = (math.nan if scores[0][name] is None else scores[0][name] for name in ("low", "high"))
-        return scores[0]["value"], low, high
+        return _numbers(scores[0])
     if dataset in TRANSFER or dataset.startswith("transfer average"):
         return None
     name, asked = split(metric)
     found: float | None = None
     if name == KNN:
-        found, low, high = best(run)
-        return None if math.isnan(found) else (found, low, high)
+        elsewhere = plain(tested_on(run)) != plain(setting(run, "run", "data") or tested_on(run))
+        return None if elsewhere or not run.get("knn") else best(run)
     if "cosine" in asked:
         use = run.get("utilization", {})
         found = {UNIQUE: use.get("M"), LARGEST: (use.get("largest") or [None] * 5)[4]}.get(name)
@@ -149,22 +174,33 @@ def _scores(run: dict[str, Any], metric: str, dataset: str) -> list[dict[str, An
     (name, asked), found = split(metric), []
     for score in run.get("scores", []):
         theirs, qualifiers = split(score["metric"])
-        if theirs == name and asked.items() <= qualifiers.items():
+        more = qualifiers.keys() - asked.keys() - FREE.get(name, set())
+        if SAME.get(theirs, theirs) == SAME.get(name, name) and asked.items() <= qualifiers.items() and not more:
             found.append(score)
     if not found or dataset.startswith("transfer average"):
         return found if len({plain(s["dataset"]) for s in found}) > 1 else []
     if dataset in TRANSFER:
         found = [s for s in found if plain(s["dataset"]) in (plain(dataset), plain(TRANSFER[dataset]))]
-    elif len({plain(s["dataset"]) for s in found}) > 1:
-        found = [s for s in found if plain(s["dataset"]) == plain(setting(run, "run", "data") or "")]
+    elif home := setting(run, "run", "data"):
+        found = [s for s in found if plain(s["dataset"]) == plain(home)]
     exact = [s for s in found if s["metric"] == metric]
     blocks = [s for s in found if split(s["metric"])[1].get("features") == "DINO"]  # as in PPC's and Sim's columns
     return (exact or blocks or found)[:1]
 
 
+def _numbers(score: dict[str, Any]) -> Found:
+    low, high = (math.nan if score[name] is None else score[name] for name in ("low", "high"))
+    return score["value"], low, high
+
+
 def plain(dataset: str) -> str:
-    """A data set's name without its spelling, and without which part of it: CIFAR-10, cifar10-5k: cifar10."""
-    return re.sub(r"[^a-z0-9]", "", re.sub(r"-(5k|lt-\d+(-seed\d+)?)$", "", dataset.lower()))
+    """A data set's name without its spelling, folder and part: CIFAR-10, cifar10-5k, ./cifar10: cifar10."""
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"-(5k|lt-\d+(-seed\d+)?)$", "", PurePath(dataset.lower()).name))
+
+
+def tested_on(run: dict[str, Any]) -> str:
+    """The data set of a run's own kNN: what it was trained on, unless `prototypes evaluate` took another."""
+    return run.get("data") or setting(run, "run", "data") or ""
 
 
 def setting(run: dict[str, Any], part: str, name: str) -> Any:
@@ -177,7 +213,7 @@ def evaluated_on(run: dict[str, Any], metric: str, dataset: str = "") -> tuple[s
     scores = _scores(run, metric, dataset)
     if len(scores) > 1:
         return f"{len(scores)} data sets", metric
-    return (scores[0]["dataset"], scores[0]["metric"]) if scores else (setting(run, "run", "data") or "", metric)
+    return (scores[0]["dataset"], scores[0]["metric"]) if scores else (tested_on(run), metric)
 
 
 def difference(record: Record, a: str, b: str, metric: str, dataset: str = "") -> dict[int | None, float]:
@@ -208,24 +244,24 @@ def _gain(row: Printed, records: Records) -> Measured | None:
 
 
 def beyond(records: Records, rows: Sequence[Printed]) -> list[Measured]:
-    """Mean and interval of every score that stands beside no printed number: robustness, tails, other data sets."""
+    """Mean and interval of every score and kNN that stands beside no printed number: robustness, tails, other data."""
     used = set()
     for row in rows:
         if found := measured(row, records):
             used.add((found.record, found.run, found.dataset, found.metric))
     rest: dict[tuple[str, str, str, str], Measured] = {}
     for record in records.values():
-        for run in record.runs:
-            for score in run.get("scores", []):
-                key = record.name, run.get("name", ""), score["dataset"], score["metric"]
-                if key in rest or key in used:
-                    continue
-                mine = [(r["seed"], s) for r in record.of(key[1]) for s in r.get("scores", [])
-                        if (s["dataset"], s["metric"]) == key[2:]]  # fmt: skip
-                mean, half = over_seeds([s["value"] for _, s in mine])
-                low, high, over = mean - half, mean + half, "seeds"
-                if len(mine) == 1:
-                    low, high = (math.nan if score[name] is None else score[name] for name in ("low", "high"))
-                    over = "test images" if math.isfinite(low) else "nothing"
-                rest[key] = Measured(*key, mean, low, high, over, tuple(seed for seed, _ in mine))
+        told = [(run_name(run), run.get("seed"), _told(run)) for run in record.runs]
+        for name, _, numbers in told:
+            for where in numbers:
+                key = record.name, name, *where
+                if key not in used and key not in rest:
+                    mine = [(seed, theirs[where]) for run, seed, theirs in told if run == name and where in theirs]
+                    rest[key] = _mean(key, mine)
     return list(rest.values())
+
+
+def _told(run: dict[str, Any]) -> dict[tuple[str, str], Found]:
+    """(data set, metric) -> what the run has of it: its scores, and kNN at its best k."""
+    knn = {(tested_on(run), KNN): best(run)} if run.get("knn") else {}
+    return knn | {(score["dataset"], score["metric"]): _numbers(score) for score in run.get("scores", [])}

@@ -75,7 +75,9 @@ def command(row: Printed) -> str:
         asked = "--share 0.01" if share == "1%" else f"--images {share.split('/')[0]}"
         return f"{train} && prototypes evaluate few-shot RUN --data {home} {asked}"
     if metric.startswith("fine-tuned"):
-        return f"{train} && prototypes evaluate fine-tune RUN --data {TRANSFER.get(row.dataset, home)}"
+        inats = f" --recipe inat-{row.backbone[4].lower()}" if inat else ""
+        recipe = " --recipe small-sets" if row.dataset in TRANSFER else inats
+        return f"{train} && prototypes evaluate fine-tune RUN --data {TRANSFER.get(row.dataset, home)}{recipe}"
     if metric == LINEAR:
         features = "C" if qualifiers.get("features") == "CLS" else "D"
         return f"{train} && prototypes evaluate linear RUN --data {home} --features {features}"
@@ -90,6 +92,12 @@ def command(row: Printed) -> str:
 _DENSE = {"mAP": "image retrieval", "J&F": "video object segmentation", "J mean": "video object segmentation",
           "F mean": "video object segmentation", "mIoU": "linear segmentation", "mAcc": "linear segmentation",
           "AP": "detection and segmentation by MaskCut"}  # fmt: skip
+
+
+def paper_run(row: Printed) -> str:
+    """Name of the paper run that trains the row's network as it is; empty where none does without changes."""
+    found = re.fullmatch(r"prototypes train --paper-run (\S+)( --data PATH)?", _train(row)[0])
+    return found[1] if found and (row.paper, row.table) not in WHOLE else ""
 
 
 def _train(row: Printed) -> tuple[str, bool]:
