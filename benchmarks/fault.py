@@ -1,4 +1,4 @@
-"""What a planted fault is; faults.py and faults_evaluation.py list them."""
+"""What a planted fault is; faults.py, faults_evaluation.py and faults_doctor.py list them."""
 
 from dataclasses import dataclass
 

@@ -5,6 +5,7 @@ the tests of the whole family (mutations.SECOND) have their turn.
 """
 
 from fault import Fault, planted_in
+from faults_doctor import DOCTOR
 from faults_evaluation import EVALUATION
 
 FAULTS: list[Fault] = [
@@ -555,4 +556,5 @@ FAULTS: list[Fault] = [
         ("a divergence is no part of its row", '"diverged": step,', '"diverged": None,'),
     ),
     *EVALUATION,
+    *DOCTOR,
 ]

@@ -139,6 +139,8 @@ for k in ks:
 # | `56_number_of_prototypes` | K, the weight of KoLeo, and what balances the targets |
 # | `58_stability` | who collapses, at which step, seen how |
 # | `60_speed_and_survival` | how fast beside others, and what a run survives |
+# | `62_is_it_alive` | what the loss does not say, and a meter does, in anyone's training loop |
+# | `64_doctor` | how many prototypes a checkpoint really has |
 # | `80_classification` | kNN, linear, few labels: who leads depends on the protocol |
 # | `82_transfer` | frozen features and fine-tuning on other data |
 # | `84_long_tail` | head and tail, and priors for prototypes |

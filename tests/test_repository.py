@@ -108,7 +108,7 @@ def test_results_are_complete():
             assert {"commit", "hardware", "torch"} <= set(run["environment"]), path
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "data/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "data/README.md", "docs/checkpoints.md"])
 def test_local_links_lead_somewhere(name):
     path = ROOT / name
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
