@@ -91,4 +91,55 @@ DOCTOR: list[Fault] = [
         ),
         tests=("doctor_page",),
     ),
+    *planted_in(
+        "meters.py",
+        ("the running marginal is the batch's", "MOMENTUM * self.marginal + (1 - MOMENTUM) * target", "target"),
+        ("shared prototypes count as shared memory", "if method.shared_prototypes else ()", "if False else ()"),
+        (
+            "the codes measured are one process's",
+            "codes = ranks.rows(torch.cat([wide(out.codes) for out in outs]))",
+            "codes = torch.cat([wide(out.codes) for out in outs])",
+        ),
+        tests=("train_meters",),
+    ),
+    *planted_in(
+        "train.py",
+        ("a run that goes on has forgotten its meters", ', "meters": trainer.meters.state()', ""),
+        tests=("train_meters",),
+    ),
+    *planted_in(
+        "records.py",
+        (
+            "a finding is said again with each row",
+            'if finding.kind not in {known["kind"] for known in self.findings}:',
+            "if True:",
+        ),
+        tests=("train_meters",),
+    ),
+    *planted_in(
+        "blockwise.py",
+        ("the mean target is a sum", "-(usage * log_usage).sum(), usage\n", "-(usage * log_usage).sum(), usage * n\n"),
+    ),
+    *planted_in(
+        "live/run.py",
+        (
+            "half a line of metrics is taken for a row",
+            "if isinstance(found := _parsed(line), dict)]",
+            "if (found := _parsed(line))]",
+        ),
+        tests=("live",),
+    ),
+    *planted_in(
+        "live/panels.py",
+        (
+            "a curve loses its peaks",
+            "{min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}",
+            "{min(stretch, key=lambda p: p[1]), stretch[0]}",
+        ),
+        tests=("live",),
+    ),
+    *planted_in(
+        "event_files.py",
+        ("event files lack what was before", "        for row in rows:\n            self.write(row)\n", ""),
+    ),
 ]

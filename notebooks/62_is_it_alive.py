@@ -112,7 +112,7 @@ pixels = torch.from_numpy(load(data, "train", image_size=32, progress=False).pix
 pixels = F.avg_pool2d(pixels.permute(0, 3, 1, 2).float(), 2)  # 0 to 255, as files have them
 normalized = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)
 RIGHT = {"teacher_temp": 0.04, "student_temp": 0.1, "center_momentum": 0.9, "momentum": 0.99, "lr": 1e-3,
-         "lr_growth": 1.0, "prototypes_lr": 1.0, "ema": True, "copied": True, "images": normalized}  # fmt: skip
+         "gamma": 1.0, "prototypes_lr": 1.0, "ema": True, "copied": True, "images": normalized}  # fmt: skip
 
 
 def view(x):
@@ -139,34 +139,34 @@ def build(seed, s):
     rest = [*student.backbone.parameters(), *student.head.layers.parameters()]
     last = {"params": student.head.last_layer.parameters(), "lr": s["lr"] * s["prototypes_lr"]}
     optimizer = torch.optim.AdamW([{"params": rest}, last], lr=s["lr"])
-    return student, teacher.requires_grad_(False) if s["copied"] else student, loss_fn, optimizer
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, s["gamma"])
+    return student, teacher.requires_grad_(False) if s["copied"] else student, loss_fn, optimizer, schedule
 
 
 # %% [markdown]
-# The loop. The meter is given the loss, the teacher's scores as the loss has them (centered, before the loss moves its
-# center), prototypes, codes, and both networks. Functions are called only where a row is due.
+# The loop. The meter is given the loss, the teacher's scores as the loss has them (centered, over the temperature), its
+# prototypes and codes, and both networks; what it is not given it does not judge.
 
 
 # %%
 def train(seed, until_named=False, watched=True, steps=steps, **mistake):
     s, losses = RIGHT | mistake, []
-    student, teacher, loss_fn, optimizer = build(seed, s)
+    student, teacher, loss_fn, optimizer, schedule = build(seed, s)
     meter = collapse.Meter(every=every, m_every=2 * every, say=None)  # <- 1; say=print, the default, speaks at once
     while len(losses) < steps and math.isfinite(sum(losses[-1:])) and not (until_named and meter.findings):
         x = s["images"][torch.randint(len(normalized), (batch,))]
-        views, center = torch.cat([view(x), view(x)]), loss_fn.center[0].clone()
+        views = torch.cat([view(x), view(x)])
         with torch.no_grad():
-            z, features = teacher(views), teacher.backbone(views)
+            z, codes = teacher(views), F.normalize(teacher.head.layers(teacher.backbone(views)), dim=-1)
+        scores = (z - loss_fn.center[0]) / s["teacher_temp"]  # before the loss moves its center
         loss = loss_fn(z.chunk(2), student(views).chunk(2))
         optimizer.zero_grad(), loss.backward()
         if watched:  # <- 2
-            meter.update(loss, log_scores=lambda: (z - center) / s["teacher_temp"], student=student, teacher=teacher,
-                         prototypes=teacher.head.last_layer,
-                         codes=lambda: F.normalize(teacher.head.layers(features), dim=-1))  # fmt: skip
-        optimizer.step(), losses.append(loss.item())
+            prototypes = teacher.head.last_layer
+            meter.update(loss, log_scores=scores, prototypes=prototypes, codes=codes, student=student, teacher=teacher)
+        optimizer.step(), schedule.step(), losses.append(loss.item())
         if s["ema"]:
             update_momentum(student, teacher, s["momentum"])
-        optimizer.param_groups[0]["lr"] *= s["lr_growth"]
     return losses, meter
 
 
@@ -191,7 +191,7 @@ MISTAKES = {  # what was typed, and the kinds of finding that name it
     "EMA forgotten": ({"ema": False}, {"dead-teacher"}),
     "teacher = student": ({"copied": False}, {"shared-memory"}),
     "prototypes 300 times faster": ({"prototypes_lr": 300.0, "student_temp": 0.2}, {"partial"}),
-    "rate grows 15 % a step": ({"lr_growth": 1.15}, {"diverging"}),
+    "rate grows 15 % a step": ({"gamma": 1.15}, {"diverging"}),
 }
 CONTROL, SWAPPED, FAST, CENTER, *_, COPIES, GROWS = MISTAKES
 RUNS = {(name, seed): train(seed, until_named=seed > 0, **MISTAKES[name][0])
@@ -306,7 +306,7 @@ for name, (_, kinds) in MISTAKES.items():
 # in the terminal or, with `--html FILE`, as a page. `collapse.diagnose` is a function of such rows, which may be old.
 
 # %%
-for losses, meter in RUNS.values():
+for _, meter in RUNS.values():
     rows = [json.loads(json.dumps(row)) for row in meter.rows]
     later = [f for i in range(len(rows)) for f in collapse.diagnose(rows[: i + 1])]
     assert later[:1] == meter.findings[:1], f"{later[:1]}: rows from a file should say what they said at the time"

@@ -125,7 +125,8 @@ def _diverging(rows: Sequence[Row]) -> str:
         early = [(s, v) for s, v in past if s <= max(step / 2, past[0][0])]
         before = max(median(v for _, v in early), 1e-30)
         if now > max(floor, times * before) and (_rises(past) or (at_once and now > 1e3 * before)):
-            rate = math.log(now / before) / max(step - early[len(early) // 2][0], 1.0)
+            middle, then = early[len(early) // 2]
+            rate = math.log(now / (then if 0 < then < now else before)) / max(step - middle, 1.0)
             left = (math.log(3.4e38) - math.log(now)) / rate
             return (
                 f"{_NAMES[key]} grew from {before:.3g} to {now:.3g}, {math.exp(rate):.3g} times a step: at this rate "
