@@ -321,7 +321,8 @@ def _check(path: str | Path, network: str) -> Path:
 def _newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of a run's newest good checkpoint; the config is the checkpoint's own where it has one."""
     if not (folder / "config.json").is_file() or not steps(folder):
-        raise FileNotFoundError(f"{folder} is neither a run folder with a checkpoint nor an export")
+        lacks = "is neither a run folder with a checkpoint nor an export" if folder.exists() else "is not there"
+        raise FileNotFoundError(f"{folder} {lacks}")
     try:
         config = dict(json.loads((folder / "config.json").read_bytes()))
     except (ValueError, TypeError) as error:
