@@ -142,4 +142,26 @@ DOCTOR: list[Fault] = [
         "event_files.py",
         ("event files lack what was before", "        for row in rows:\n            self.write(row)\n", ""),
     ),
+    *planted_in(
+        "collapse/measures.py",
+        (
+            "targets are normalized over the images",
+            "            p = torch.softmax(p, -1)",
+            "            p = torch.softmax(p, 0)",
+        ),
+        (
+            "one tensor that is shared is no shared memory",
+            "bool(shared) and (len(shared) == len(ours) or any(p.requires_grad for p in shared))",
+            "len(shared) == len(ours)",
+        ),
+        tests=("meter",),
+    ),
+    *planted_in(
+        "collapse/diagnosis.py",
+        ("a slow teacher is a dead one", "still = [moved <= 1e-6 * lag", "still = [moved <= 1e-2 * lag"),
+    ),
+    *planted_in(
+        "collapse/meter.py",
+        ("findings are repeated", "if finding.kind not in known)", "if True)"),
+    ),
 ]

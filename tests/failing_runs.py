@@ -3,6 +3,8 @@
 A mixture of Gaussians stands for the images, noise for the crops; an MLP is the backbone. Settings (K, batch, data,
 rates, optimizer) differ from seed to seed. The loop is written out with plain torch, as anyone's would be, and only
 calls the meter. Seeds from 100 on were used to choose the thresholds of `diagnosis.py`, seeds below 100 are for tests.
+(One thing was changed after the tests' seeds had been run: prototypes that learn 100 times as fast as the rest had in
+one run of 20 not become copies within its 200 steps, M = 121 of 128. It is 200 times now; no threshold was touched.)
 """
 
 import copy
@@ -14,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prototypes_lib.assignment import Sinkhorn
 from prototypes_lib.collapse import Meter
-from prototypes_lib.regularizers import coding_rate, koleo, mean_entropy
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def setting(kind: str, seed: int, **changes) -> Setting:
         case "blank":
             s = replace(s, blank=True, centered=False, teacher_temp=0.1)
         case "copies":
-            s = replace(s, k=draw.choice([128, 256]), code=16, proto_lr=draw.choice([100.0, 300.0]))
+            s = replace(s, k=draw.choice([128, 256]), code=16, proto_lr=draw.choice([200.0, 300.0]))
             s = replace(s, optimizer="adamw", lr=1e-3, momentum=0.97)
         case "void":
             s = replace(s, code=16, proto_lr=100.0, optimizer="adamw", lr=1e-3, offset=4.0, student_temp=0.3)
@@ -150,7 +150,7 @@ def run(s: Setting, meter: Meter, stop_at: str | None = None) -> Outcome:
         if s.method == "simdino":
             both = 0.5 * (y + y_t)
             image = (1 - (_other_view(y_t) * y).sum(-1)).mean()
-            loss = image - (1 / s.code + 1 / s.batch) * 0.5 * sum(coding_rate(c, 0.05**0.5) for c in both.chunk(2))
+            loss = image - (1 / s.code + 1 / s.batch) * 0.5 * sum(map(_coding_rate, both.chunk(2)))
             watched = {}
         else:
             last_layer = teacher.last_layer if s.method == "dino" else student.last_layer
@@ -164,14 +164,15 @@ def run(s: Setting, meter: Meter, stop_at: str | None = None) -> Outcome:
                     center = s.center_momentum * center + (1 - s.center_momentum) * mean
                     watched["log_scores"] = scores
                 else:
-                    targets = Sinkhorn()(z / 0.05).exp()
+                    targets = _sinkhorn(z / 0.05)
                     watched["targets"] = targets
             q = student.last_layer(y) / s.student_temp
             image = loss = -(_other_view(targets) * q.log_softmax(-1)).sum(-1).mean()
             if s.method == "msn":
-                loss = loss - mean_entropy(q.softmax(-1))
+                p = q.softmax(-1).mean(0)
+                loss = loss + (p * p.log()).sum()
             if s.koleo_proto:
-                loss = loss + s.koleo_proto * koleo(student.last_layer.weight)
+                loss = loss + s.koleo_proto * _koleo(student.last_layer.weight)
         optimizer.zero_grad()
         loss.backward()
         if s.method != "swav":
@@ -192,6 +193,23 @@ def run(s: Setting, meter: Meter, stop_at: str | None = None) -> Outcome:
 def _other_view(x: Tensor) -> Tensor:
     """The rows of two views, each in the other's place."""
     return x.roll(len(x) // 2, 0)
+
+
+def _sinkhorn(scores: Tensor, steps: int = 3) -> Tensor:
+    for _ in range(steps):
+        scores = scores.log_softmax(0).log_softmax(1)
+    return scores.exp()
+
+
+def _coding_rate(z: Tensor, eps: float = 0.05**0.5) -> Tensor:
+    n, dim = z.shape
+    return 0.5 * torch.logdet(torch.eye(dim) + dim / (n * eps**2) * z.T @ z)
+
+
+def _koleo(w: Tensor) -> Tensor:
+    w = F.normalize(w, dim=-1)
+    nearest = (w @ w.T - 2 * torch.eye(len(w))).detach().argmax(-1)
+    return -torch.log((w - w[nearest]).norm(dim=-1) + 1e-8).mean()
 
 
 def _teacher(s: Setting, student: Net) -> Net:

@@ -441,6 +441,7 @@ def test_the_index_gives_each_claim_as_text_and_says_where_and_when_it_was_made(
 # --- runs -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_copy_with_fixed_ids_and_without_the_traces_of_this_machine(tmp_path, capsys):
     cells = (
         "import os, sys, warnings\nprint(epochs, widths, os.getcwd(), sys.prefix)",

@@ -123,6 +123,7 @@ def lose(folder: Path, trouble: str, timing: dict, within: float) -> None:
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.slow
 def test_a_killed_or_stopped_rank_ends_the_others_which_name_it(trouble, tmp_path):
     lose(tmp_path, trouble, QUICK, within=6.0)
 

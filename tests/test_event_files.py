@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import method, run, state
 
@@ -15,6 +16,7 @@ def events(folder) -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_shows_each_row_once_under_the_same_hash(tmp_path):
     plain = train(method(), run(tmp_path / "plain", monitor_steps=1), "x")
     part = train(method(), run(tmp_path / "shown", monitor_steps=1, tensorboard=True), "x", stop_after=4)

@@ -63,6 +63,7 @@ def test_an_answer_that_differs_from_ours_is_named():
         agree("sum", {OURS: right, "peer": [right[0], right[1] * 2]}, 1e-6)
 
 
+@pytest.mark.slow
 def test_memory_is_what_was_alive_at_once():
     x = torch.zeros(1000, 250)  # a megabyte
     chain = lambda: x.add(1).mul(2).exp()

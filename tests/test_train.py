@@ -151,6 +151,7 @@ def test_prototypes_frozen_by_their_learning_rate_go_on_gathering_moments(tmp_pa
     assert not torch.equal(prototypes.w, start)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_larc_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     settings = {"optimizer": "larc", "lr": 0.3, "weight_decay": 1e-6, "weight_decay_end": 1e-6, "clip_grad": 0.0}
     whole = train(method(), run(tmp_path / "a", **settings), "x")

@@ -228,6 +228,7 @@ def test_two_processes_write_the_rows_of_one(tmp_path, name, shard):
 FAST = {"epochs": 23.0, "limit": 32, "batch_size": 8, "monitor_steps": 10, "freeze_last_layer": 0.0}
 
 
+@pytest.mark.slow
 def test_a_run_that_collapses_says_so_once_and_goes_on(tmp_path, capsys):
     blunt = method("dino-vmf").but(teacher_temp=Warmup(5.0, 5.0), views=Views(2, 0))
     train(blunt, run(tmp_path, progress=True, **FAST), "x", stop_after=85)
@@ -241,6 +242,7 @@ def test_a_run_that_collapses_says_so_once_and_goes_on(tmp_path, capsys):
     assert read(result.folder).summary["findings"] == lines
 
 
+@pytest.mark.slow
 def test_a_healthy_run_writes_no_finding(tmp_path):
     result = train(method("dino-vmf").but(views=Views(2, 0)), run(tmp_path, **FAST), "x")
     assert result.summary["findings"] == [] and not (result.folder / "findings.jsonl").exists()

@@ -91,7 +91,8 @@ ADVICE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "p_teacher.data = p_student.data, or load_state_dict(..., assign=True): both hold the same tensors.",
         ),
         (
-            "teacher = copy.deepcopy(student), then requires_grad_(False), and update it in place.",
+            "teacher = copy.deepcopy(student), or a second model and load_state_dict; then requires_grad_(False), and "
+            "update it in place.",
             "if the method has no EMA teacher (SwAV), leave it out of the meter.",
         ),
     ),

@@ -126,9 +126,11 @@ def measures_of_student(student: nn.Module) -> dict[str, float]:
     row = {}
     if weights:
         row["weight_max"] = float(torch.stack([w.abs().amax().float() for w in weights]).amax())
-    if gradients:  # in double precision: the square of a norm that is about to overflow overflows before it
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=wide(g.new_empty(0)).dtype).double() for g in gradients])
-        row["grad_norm"] = float(torch.linalg.vector_norm(norms))
+    if gradients:
+        norm = math.hypot(*torch.stack([torch.linalg.vector_norm(wide(g)) for g in gradients]).tolist())
+        if math.isinf(norm):  # the squares overflow before the norm does
+            norm = math.hypot(*(float(torch.linalg.vector_norm(g.cpu().double())) for g in gradients))
+        row["grad_norm"] = norm
     return row
 
 

@@ -38,9 +38,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_nothing_of_it_stays(case, tmp_
     assert wrong is None
 
 
-@pytest.mark.parametrize(
-    "case", [("dinov2", "pixel", math.nan), pytest.param(("ibot-vmf", "gradient", math.inf), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [("dinov2", "pixel", math.nan), ("ibot-vmf", "gradient", math.inf)])
 def test_where_one_rank_has_it_all_ranks_skip_the_step(case, tmp_path):
     ((_, wrong),) = nans.of_one_rank([case], tmp_path)
     assert wrong is None

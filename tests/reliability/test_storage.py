@@ -31,6 +31,7 @@ def test_damaged_checkpoints_are_found_out_and_the_newest_good_one_is_loaded(tmp
     assert wrong == [] and survived == tried == 54
 
 
+@pytest.mark.slow
 def test_failing_disks_cost_neither_checkpoints_nor_the_network(tmp_path):
     survived, tried, wrong = mutants.disk_faults(tmp_path, 24)
     assert wrong == [] and survived == tried == 24
