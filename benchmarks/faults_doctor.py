@@ -23,8 +23,8 @@ DOCTOR: list[Fault] = [
         "official/heads.py",
         (
             "weight_g scales what is not a direction",
-            "None else directions(v[i : i + _ROWS]).mul_(g[i : i + _ROWS])",
-            "None else v[i : i + _ROWS] * g[i : i + _ROWS]",
+            "rows.copy_(directions(rows).mul_(g[i : i + _ROWS]))",
+            "rows.copy_(rows * g[i : i + _ROWS])",
         ),
         (
             "every last_layer2 is an alias",

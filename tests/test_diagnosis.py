@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from failing_runs import run, setting
 from hypothesis import given
 from hypothesis import strategies as st
@@ -343,3 +344,32 @@ def test_0_of_20_healthy_trainings_are_accused(kind):
 def test_healthy_trainings_of_twice_the_length_are_not_accused(kind):
     for seed in range(3):
         _assert_healthy(kind, seed, steps=400)
+
+
+def test_one_row_of_targets_or_codes_is_not_judged():
+    meter = Meter(every=5, say=None)
+    for _ in range(100):
+        meter.update(1.0, torch.rand(1, 16).softmax(-1), codes=torch.randn(1, 8))
+    assert meter.findings == []
+
+
+def test_a_plateau_is_no_collapse_while_the_learning_rate_warms_up():
+    flat = {"k": 64.0, "teacher_entropy": 4.155, "marginal_entropy": 4.156, "loss": 4.158}
+    rows = [flat | {"step": 20.0 * i, "lr": 1e-5 * i} for i in range(1, 15)]
+    assert diagnose(rows) == ()
+    rows += [flat | {"step": 20.0 * i, "lr": 1e-5 * 14} for i in range(15, 22)]
+    assert [finding.kind for finding in diagnose(rows)] == ["uniform"]
+
+
+def test_a_gradient_scaler_may_look_for_its_scale_but_not_forever():
+    rows = [{"step": float(i), "loss": 1.0, "grad_norm": math.inf} for i in range(1, 11)]
+    assert diagnose(rows) == ()
+    rows.append({"step": 11.0, "loss": 1.0, "grad_norm": math.nan})
+    assert [finding.kind for finding in diagnose(rows)] == ["non-finite"]
+
+
+def test_prototypes_that_are_no_numbers_are_not_called_copies():
+    w = torch.randn(16, 8)
+    w[3] = math.nan
+    meter = Meter(every=1, say=None)
+    assert [finding.kind for finding in meter.update(1.0, prototypes=w)] == ["non-finite"]

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import math
+import pickle
 import time
 import weakref
 
@@ -99,7 +100,7 @@ def test_prototypes_are_measured_by_length_and_counted_by_direction():
     row = measures_of_prototypes(w)
     levels = np.quantile(w.norm(dim=-1).numpy(), [0.05, 0.5, 0.95])
     assert [row[f"kappa_{q}"] for q in ("05", "50", "95")] == pytest.approx(levels.tolist())
-    assert row["M"] == 0, "one has no direction"
+    assert row["M"] == 4 and "M" not in measures_of_prototypes(w[6:]), "one has no direction and is not counted"
     assert measures_of_prototypes(w[:6])["M"] == 4 and "M" not in measures_of_prototypes(w[:6], count=False)
     assert measures_of_prototypes(w[:6], eps=2.0)["M"] == 1
 
@@ -234,8 +235,8 @@ def test_a_row_has_all_keys_as_floats_and_survives_json():
     row = meter.rows[-1]
     expected = (
         "step loss image k teacher_entropy marginal_entropy score_max running_marginal_entropy kl code_dim "
-        "effective_rank coding_rate kappa_05 kappa_50 kappa_95 M void M_student weight_max grad_norm teacher_moved "
-        "teacher_lag shared_memory"
+        "effective_rank coding_rate n_targets n_codes kappa_05 kappa_50 kappa_95 M void M_student weight_max "
+        "grad_norm teacher_moved teacher_lag shared_memory"
     )
     assert set(row) == set(expected.split())
     assert all(type(value) is float for value in row.values())
@@ -459,3 +460,27 @@ def test_a_row_at_k_4096_costs_tens_of_milliseconds():
     for _ in range(3):
         meter.update(3.0, log_scores=scores, prototypes=w, codes=codes)
     assert (time.process_time() - start) / 3 < 0.2  # 0.015 there
+
+
+def test_views_may_come_as_a_list_and_the_last_layer_in_a_wrapper():
+    head, meters = torch.nn.Linear(P, 12), [Meter(every=1, say=None) for _ in range(2)]
+    views = torch.randn(2, N, 12).unbind()
+    meters[0].update(1.0, log_scores=views, prototypes=torch.nn.DataParallel(head), codes=lambda: [_codes(), _codes()])
+    meters[1].update(1.0, log_scores=torch.cat(views), prototypes=head, codes=torch.cat([_codes(), _codes()]))
+    assert meters[0].rows == meters[1].rows
+
+
+def test_a_running_marginal_recovers_from_targets_that_were_no_numbers():
+    meter = Meter(every=1, say=None)
+    meter.update(1.0, torch.full((4, 3), math.nan))
+    meter.update(1.0, torch.full((4, 3), 1 / 3))
+    assert meter.rows[-1]["running_marginal_entropy"] == pytest.approx(math.log(3))
+
+
+def test_a_copied_meter_counts_again_at_once():
+    meter = Meter(every=1, say=None)
+    meter.update(1.0, prototypes=torch.randn(8, 4))
+    meter._m_due = math.inf  # the clock of another machine
+    again = pickle.loads(pickle.dumps(meter))
+    again.update(1.0, prototypes=torch.randn(8, 4))
+    assert "M" in again.rows[-1] and again.rows[0] == meter.rows[0]

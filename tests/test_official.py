@@ -283,7 +283,7 @@ WRONG = {
     "no square": (PLAIN | {"pos_embed": torch.ones(1, 19, 128)}, "19 positions"),
     "empty tensors": (PLAIN | {"cls_token": torch.ones(1, 1, 0)}, "cls_token of shape"),
     "one FSDP share": ({"teacher": {"backbone._fsdp_wrapped_module._flat_param": torch.ones(9)}}, "FSDP"),
-    "heads only": ({"teacher": head("dino_head.")}, "no vision transformer"),
+    "heads only": ({"teacher": head("dino_head.")}, "heads alone, no backbone"),
     "another package": ({"embeddings.cls_token": torch.ones(1, 1, 8)}, "transformers package"),
     "more than a backbone": (prefixed(PLAIN, "backbone.") | {"neck.w": torch.ones(2)}, r"neck\.w"),
     "no tensors": ({"epoch": 3, "args": SETTINGS}, r"no tensors .*\(epoch, args\)"),

@@ -204,7 +204,7 @@ def put(value, rows=(3, 7)):
 
 W_G, W_V = "head.last_layer.weight_g", "head.last_layer.weight_v"
 WRONG = {
-    "not finite": (spoiled("dino", W_V, put(math.nan)), "of 60 prototypes in head.last_layer.weight_v 2 are not"),
+    "not finite": (spoiled("dino", W_V, put(math.nan)), "weight_v of the teacher 2 are not"),
     "infinite": (spoiled("dino", W_G, put(math.inf)), "2 are not finite"),
     "infinite, plain": (spoiled("msn", "prototypes", put(-math.inf, [0])), "1 are not finite"),
     "zero": (spoiled("dino", W_G, put(0.0)), "2 are zero"),

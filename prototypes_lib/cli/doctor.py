@@ -54,12 +54,15 @@ def doctor(
     positive(tau=tau, size=size, orders=orders)
     if not 0 < eps <= 2:
         raise ValueError(f"eps={eps}: a cosine distance lies in (0, 2]")
-    if limit < 0 or seed < 0:
-        raise ValueError(f"limit={limit} and seed={seed} must not be negative")
+    if limit < 0 or not 0 <= seed < 2**63:
+        raise ValueError(f"limit={limit} and seed={seed} must not be negative, and seed below 2**63")
+    if tau is not None and not 1e-30 <= tau <= 1e30:
+        raise ValueError(f"tau={tau} is no temperature")
     if out is not None:
         it.check_place(out)
-    subject = it.opened(path)
-    sets = it.chosen(subject.sets, None if network == "both" else network, of)
+    wanted = None if network == "both" else network
+    subject = it.opened(path, wanted)
+    sets = it.chosen(subject.sets, wanted, of)
     first, images, network_of_codes = sets[0], None, None
     if data is not None:
         from prototypes_lib.train import pick_device
@@ -97,7 +100,7 @@ def doctor(
         print("\n".join(said(rows)))
     if out is not None:
         asked = {"data": data, "out": out, "network": network, "of": of, "eps": eps, "tau": tau, "size": size,
-                 "limit": limit, "orders": orders, "seed": seed}  # fmt: skip
+                 "limit": limit, "root": root, "device": device, "orders": orders, "seed": seed}  # fmt: skip
         options = [word for k, v in asked.items() if v is not None for word in (f"--{k}", str(v))]
         command = shlex.join(["prototypes", "doctor", str(path), *options])
         print(it.write(it.Report(subject, tuple(seen), beside, images, rows, command), out))

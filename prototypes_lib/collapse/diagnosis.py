@@ -22,9 +22,11 @@ Row = Mapping[str, float]
 # stayed between 0.6 and 1 % for hundreds of steps: they get the benefit of the doubt. All four looked at.
 _NOTHING, _LITTLE = 0.003, 0.005
 _LOST = 2.0
-_ROUNDING = 1e-5  # of ln K: what the difference of two entropies in float32 says of I
+_ROUNDING = 1e-4  # of ln K: differences of I below it are drift; runs that stayed collapsed drift so (looked at)
 _PATIENCE = 60  # steps it must stay so: healthy runs whose scores were not centered yet left within 30 (looked at)
 _GROWS = 1.5  # I that grows by this within the patience is a plateau being left, at a rate notebook 14 predicts
+_SCALING = 10  # steps that a gradient scaler may take to find its scale: from 65536 down to 64
+_FEW = 4  # targets or codes of a row: of one, marginal and mean entropy are the same
 _ONE_CLASS, _UNIFORM = 0.05, 0.99  # of ln K, as in verdict.py
 
 
@@ -91,8 +93,10 @@ def _series(rows: Sequence[Row], *keys: str) -> list[tuple[float, ...]]:
 def _non_finite(rows: Sequence[Row]) -> str:
     newest = rows[-1]
     broken = [key for key in _MUST_BE_FINITE if not math.isfinite(newest.get(key, 0.0))]
-    gradients = [row["grad_norm"] for row in rows if "grad_norm" in row][-2:]
-    if len(gradients) == 2 and not any(map(math.isfinite, gradients)):  # once is what a gradient scaler is for
+    gradients = [(step, row["grad_norm"]) for step, row in zip(_steps(rows), rows, strict=True) if "grad_norm" in row]
+    sound = [i for i, (_, norm) in enumerate(gradients) if math.isfinite(norm)]
+    stretch = gradients[sound[-1] + 1 if sound else 0 :]
+    if len(stretch) > 1 and stretch[-1][0] - stretch[0][0] >= _SCALING:
         broken.append("grad_norm")
     if not broken:
         return ""
@@ -101,7 +105,7 @@ def _non_finite(rows: Sequence[Row]) -> str:
     return f"{', '.join(f'{key} = {newest.get(key, math.nan)}' for key in broken)}: not finite numbers; {since}."
 
 
-_MUST_BE_FINITE = ("loss", "image", "teacher_entropy", "weight_max", "score_max")
+_MUST_BE_FINITE = ("loss", "image", "teacher_entropy", "weight_max", "score_max", "kappa_05", "kappa_95")
 
 
 def _diverging(rows: Sequence[Row]) -> str:
@@ -184,6 +188,7 @@ def _dead_teacher(rows: Sequence[Row]) -> str:
 
 
 def _no_information(rows: Sequence[Row]) -> tuple[str, str] | str:
+    rows = [row for row in rows if row.get("n_targets", _FEW) >= _FEW]
     past = [(s, k, h, m) for s, k, h, m in _series(rows, "k", "teacher_entropy", "marginal_entropy") if k > 1]
     if len(past) < 3:
         return ""
@@ -196,6 +201,8 @@ def _no_information(rows: Sequence[Row]) -> tuple[str, str] | str:
         had = max(had, i)
         blank.append(alone or i < (_LITTLE if had > _LOST * i else _NOTHING))
     start = len(blank) - blank[::-1].index(False) if False in blank else 0
+    if had < _LOST * _LITTLE and not one_class[-1]:  # it had nothing to lose yet: patience begins with the full rate
+        start = max(start, sum(step < _warm_since(rows) for step in steps))
     window = [i for i in range(start, len(blank)) if steps[i] >= steps[-1] - 1.5 * _PATIENCE]
     if len(blank) - start < 3 or steps[-1] - steps[start] < _PATIENCE:
         return ""
@@ -204,6 +211,12 @@ def _no_information(rows: Sequence[Row]) -> tuple[str, str] | str:
         return ""
     _, k, h, m = past[-1]
     return _shape(rows[-1], k, h, m, steps[-1] - steps[start])
+
+
+def _warm_since(rows: Sequence[Row]) -> float:
+    """The step at which the learning rate had come within a tenth of its largest so far; rows need not tell it."""
+    rates = _series(rows, "lr")
+    return next((step for step, lr in rates if lr >= 0.9 * max(lr for _, lr in rates)), -math.inf)
 
 
 def _shape(row: Row, k: float, h: float, m: float, lasting: float) -> tuple[str, str]:
@@ -226,7 +239,8 @@ def _one_code(rows: Sequence[Row]) -> str:
     """Without prototypes: the rank of the codes. 1.05 is one direction, and 0.5 % of the variance in 64 others."""
     if "k" in rows[-1]:
         return ""
-    past = [x for x in _series(rows, "effective_rank", "code_dim") if x[2] > 2]
+    many = [row for row in rows if row.get("n_codes", _FEW) >= _FEW]
+    past = [x for x in _series(many, "effective_rank", "code_dim") if x[2] > 2]
     flat = [rank < 1.05 for _, rank, _ in past]
     start = len(flat) - flat[::-1].index(False) if False in flat else 0
     if len(flat) - start < 3 or past[-1][0] - past[start][0] < _PATIENCE:

@@ -76,15 +76,16 @@ def measures_of_prototypes(w: Float[Tensor, "k dim"], eps: float = 0.025, count:
     """k, M (where `count`: it takes seconds for 65,536), quantiles of |w| as kappa_05, kappa_50, kappa_95.
 
     vMF, section 3.3: DINO's prototypes are vMF components of precision |w| / tau; with weight normalization and norms
-    that are not trained all are 1. M is of `unique_prototypes`, 0 where a prototype has no direction or is not finite.
+    that are not trained all are 1. M is of `unique_prototypes` among those that are finite and have a direction, and
+    left out where there are none. kappa_* are nan where a prototype is.
     """
     w = wide(w)
     lengths = torch.linalg.vector_norm(w, dim=-1)
     levels = torch.quantile(lengths.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64, device=w.device))
     row = {"k": float(len(w))} | dict(zip(("kappa_05", "kappa_50", "kappa_95"), levels.tolist(), strict=True))
     if count:
-        sound = bool((torch.isfinite(lengths) & (lengths > 0)).all())
-        row["M"] = float(unique_prototypes(w, eps).count) if sound else 0.0
+        sound = torch.isfinite(lengths) & (lengths > 0)
+        row |= {"M": float(unique_prototypes(w[sound], eps).count)} if bool(sound.any()) else {}
     return row
 
 
@@ -180,6 +181,9 @@ def _relative(a: list[Tensor], b: list[Tensor], scale: list[Tensor]) -> float:
 
 def _share_memory(teacher: nn.Module, student: nn.Module, by_design: Iterable[Tensor]) -> bool:
     allowed = {p.data_ptr() for p in by_design}
+    for module in student.modules():  # a layer's bias comes with its weight
+        own = {p.data_ptr() for p in module.parameters(recurse=False)}
+        allowed |= own if allowed & own else set()
     theirs = {p.data_ptr() for p in teacher.parameters()} - {0}
     ours = [p for p in student.parameters() if p.data_ptr() not in allowed and p.data_ptr()]
     shared = [p for p in ours if p.data_ptr() in theirs]
@@ -192,6 +196,8 @@ def weights_of(prototypes: Prototypes) -> Float[Tensor, "k dim"]:
     Modules: `.w` (ours), `.weight` (nn.Linear, also with `parametrizations.weight_norm`), and the older `weight_norm`,
     whose `.weight` is that of the last forward pass: w = g v / |v| is computed from weight_g and weight_v.
     """
+    while isinstance(getattr(prototypes, "module", None), nn.Module):  # DataParallel's and DDP's
+        prototypes = prototypes.module
     with torch.no_grad():
         if isinstance(prototypes, Tensor):
             w = prototypes

@@ -20,7 +20,8 @@ from prototypes_lib.collapse.measures import (
 )
 from prototypes_lib.objectives import entropy
 
-Lazy = Tensor | Callable[[], Tensor]  # what a step may be spared from computing where it is not measured
+# what a step may be spared from computing where it is not measured
+Lazy = Tensor | list[Tensor] | tuple[Tensor, ...] | Callable[[], Tensor | list[Tensor] | tuple[Tensor, ...]]
 
 _HISTORY = 500  # rows that a diagnosis looks back
 _M_SHARE = 20  # counting M takes at most one part in so many of a loop's time, where `m_every` does not say
@@ -82,19 +83,23 @@ class Meter:
         student: nn.Module | None = None,
         teacher: nn.Module | None = None,
         image: float | Tensor | None = None,
+        lr: float | None = None,
         step: int | None = None,
     ) -> tuple[Finding, ...]:
         """Look at one step; returns what is newly found. Microseconds where there is no row due.
 
-        Call it each step after the backward pass (before clipping, unscaling done: grad_norm is what it finds).
+        Call it each step after the backward pass, before clipping; with a GradScaler after its `unscale_`.
 
         Args:
             loss: of the step. image: its cross-entropy alone where it has other terms: kl is that minus the entropy.
             targets: (.., k) probabilities; or log_scores: (.., k), whose softmax they are, centered and divided by the
-                temperature. Rows of all views; a function of no arguments is called only where a row is due.
-            prototypes, student_prototypes: the teacher's and the student's, see `weights_of`.
+                temperature. Rows of all views, or a list with a tensor each; a function of no arguments is called only
+                where a row is due.
+            prototypes, student_prototypes: the teacher's and the student's, see `weights_of`; the layer itself where
+                both share it by design.
             codes: (.., p) the teacher's, tensor or function.
             student, teacher: modules with parameters in the same order; no teacher where there is no EMA of one.
+            lr: the learning rate: while it warms up, a plateau that was never left is not called a collapse.
             step: of the run, where it is not the number of the update.
 
         Raises:
@@ -111,8 +116,7 @@ class Meter:
         if not (alarm or self._updates == 1 or self._updates % self.every == 0):
             return ()
         row = {"step": float(self._step), "loss": _number(loss)}
-        if image is not None:
-            row["image"] = _number(image)
+        row |= {name: _number(x) for name, x in (("image", image), ("lr", lr)) if x is not None}
         if targets is not None or log_scores is not None:
             row |= self._of_targets(_now(targets if log_scores is None else log_scores), log_scores is not None, row)
         row |= self._of_prototypes(prototypes, student_prototypes, _now(codes), row)
@@ -123,9 +127,14 @@ class Meter:
             row |= self._movement(teacher, student, by_design)
         return self._add(row)
 
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy or a pickle takes along: not the clock of this machine, nor what is on its way from a GPU."""
+        return self.__dict__ | {"_m_due": -math.inf, "_losses": _Losses()}
+
     def _of_targets(self, targets: Tensor, scores: bool, row: Mapping[str, float]) -> dict[str, float]:
         measured, mean = measures_of_targets(targets.detach(), log_scores=scores)
-        if self._running is None or self._running.shape != mean.shape:
+        measured["n_targets"] = float(targets.numel() // targets.shape[-1])
+        if self._running is None or self._running.shape != mean.shape or not bool(self._running.isfinite().all()):
             self._running = mean
         elif bool(torch.isfinite(mean).all()):
             self._running = torch.lerp(mean, self._running.to(mean), self.momentum)
@@ -136,7 +145,10 @@ class Meter:
     def _of_prototypes(
         self, teacher: Prototypes | None, student: Prototypes | None, codes: Tensor | None, row: Mapping[str, float]
     ) -> dict[str, float]:
-        measured = {} if codes is None else measures_of_codes(codes.detach(), self.coding_eps)
+        measured = {}
+        if codes is not None:
+            measured = measures_of_codes(codes.detach(), self.coding_eps)
+            measured["n_codes"] = float(codes.numel() // codes.shape[-1])
         count = self._m_is_due() and (teacher is not None or student is not None)
         start = time.monotonic()
         if teacher is not None:
@@ -150,7 +162,8 @@ class Meter:
                 share = void_share(w, codes.detach(), self.eps)
                 measured |= {} if share is None else {"void": share}
         if student is not None and count:
-            measured["M_student"] = measures_of_prototypes(weights_of(student), self.eps)["M"]
+            counted = measures_of_prototypes(weights_of(student), self.eps)
+            measured |= {"M_student": counted["M"]} if "M" in counted else {}
         if count:
             now = time.monotonic()
             self._m_due, self._m_step = now + _M_SHARE * (now - start), self._updates
@@ -249,7 +262,11 @@ def _number(x: float | Tensor) -> float:
 
 
 def _now(x: Lazy | None) -> Tensor | None:
-    return x if x is None or isinstance(x, Tensor) else x()
+    """The tensor that is meant: of a function its value, of a list of views their rows one after another."""
+    x = x() if callable(x) and not isinstance(x, Tensor) else x
+    if isinstance(x, list | tuple):
+        x = torch.cat([view.detach().reshape(-1, view.shape[-1]) for view in x])
+    return x
 
 
 def _parameters(prototypes: Prototypes) -> list[Tensor]:

@@ -97,7 +97,7 @@ def of_set(seen: Examination) -> dict[str, Any]:
         "nearest": apart, "effective_rank": seen.effective_rank, "coding_rate": seen.coding_rate,
         "coding_rate_eps": RATE_EPS, "eigenvalues": seen.eigenvalues,
         "other": other and {"network": other.network, "m": other.count, "k": other.k,
-                            "cosine": quantiles(other.cosine)},
+                            "cosine": quantiles(other.cosine.clamp(-1, 1))},
     }  # fmt: skip
 
 
@@ -111,8 +111,9 @@ def of_data(seen: Examination, data: DataExamination, images: Images | None) -> 
     marginal = data.marginal
     return {
         "name": data.name, "n": data.n, "side": data.side, "score": data.score, "tau": data.tau,
-        "entropy": marginal.entropy, "unique_entropy": marginal.unique_entropy, "perplexity": marginal.perplexity,
-        "p": marginal.p, "unique_p": marginal.unique_p, "by_part": marginal.by_part, "used": data.used,
+        "entropy": marginal.entropy + 0.0, "unique_entropy": marginal.unique_entropy + 0.0,  # no -0.0
+        "perplexity": marginal.perplexity, "p": marginal.p, "unique_p": marginal.unique_p,
+        "by_part": marginal.by_part, "used": data.used,
         "used_unique": data.used_unique, "held": data.held, "code_rank": data.code_rank,
         "redundancy": data.redundancy, "void": void, "precision": quantiles(seen.lengths[data.assigned]),
         "knn": data.knn,
@@ -130,6 +131,10 @@ def check_place(folder: str | Path) -> None:
         there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(f".{PAGE}.")}
         if there and not (there <= {PAGE, NUMBERS} and _is_report(folder)):
             raise ValueError(f"{folder} exists and is no earlier report of the doctor; name a new folder")
+        if any((folder / name).is_dir() for name in there):
+            raise ValueError(f"{folder} holds folders where a report's files would lie; name a new folder")
+    elif folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder} is a link to nothing; name a folder for the report")
     elif folder.exists():
         raise ValueError(f"{folder} is a file; name a folder for the report")
     home = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
@@ -158,8 +163,14 @@ def write(report: Report, folder: str | Path) -> Path:
     content = report.to_json()
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
     made = page(report, content)
+    before = (folder / NUMBERS).read_text(encoding="utf-8") if (folder / NUMBERS).is_file() else None
     write_text(folder / NUMBERS, f"{{\n{lines}\n}}\n")
-    write_text(folder / PAGE, made)
+    try:
+        write_text(folder / PAGE, made)
+    except OSError:
+        if before is not None:
+            write_text(folder / NUMBERS, before)
+        raise
     return folder / PAGE
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prototypes_lib import checkpoints, scores
+from prototypes_lib import checkpoints, official, scores
 from prototypes_lib.evaluate.clusters import Score, score_of
 from prototypes_lib.official import Found
 
@@ -37,14 +37,21 @@ class Subject:
         return self.config.get("name") if "method" in self.config else None
 
 
-def opened(path: str | Path) -> Subject:
+def opened(path: str | Path, network: str | None = None) -> Subject:
     """Read all sets of prototypes of a run folder, an export or a checkpoint file; nothing in it is run.
+
+    network: the one that is wanted; if the other's prototypes in a file cannot be read, it is looked at alone.
 
     Raises what `checkpoints.all_prototypes` does: FileNotFoundError, or ValueError for a damaged file, or one that
     has no prototypes.
     """
     path = Path(path)
-    sets = checkpoints.all_prototypes(path)
+    try:
+        sets = checkpoints.all_prototypes(path)
+    except ValueError:
+        if network is None or not path.is_file():
+            raise
+        sets = official.prototypes(path, network)
     config = {}
     for name in ("config.json", "about.json"):
         if (path / name).is_file():

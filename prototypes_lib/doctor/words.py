@@ -89,8 +89,8 @@ def _without(seen: Examination) -> list[str]:
 
 def _of_data(seen: Examination, data: DataExamination) -> list[str]:
     told = [
-        f"{data.n:,} images use {data.used:,} of {seen.k:,} prototypes ({data.used_unique:,} of {seen.unique.count:,} "
-        f"where only the unique ones compete)."
+        f"{data.n:,} {'image uses' if data.n == 1 else 'images use'} {data.used:,} of {seen.k:,} prototypes "
+        f"({data.used_unique:,} of {seen.unique.count:,} where only the unique ones compete)."
     ]
     if data.used < min(seen.k, data.n) / 20:
         told.append("Few prototypes take all images: look at the marginal and at the teacher's centering.")

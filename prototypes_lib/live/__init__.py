@@ -59,6 +59,10 @@ def watch(
             time.sleep(every)
     except KeyboardInterrupt:
         return 0
+    except BrokenPipeError:  # who reads has gone, as `head` does
+        if to is sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())
+        return 0
 
 
 def _write(run: Watched, path: Path, every: float, shown: str, to: io.TextIOBase) -> str:

@@ -43,7 +43,8 @@ def find(place: str | Path) -> Path | None:
         raise NotADirectoryError(f"{place} is a file; name the run folder that it lies in")
     if _is_run(place):
         return place
-    found = [path.parent for pattern in ("*/config.json", "*/*/config.json") for path in place.glob(pattern)]
+    names = ("config.json", "metrics.jsonl")
+    found = [path.parent for name in names for depth in ("*/", "*/*/") for path in place.glob(depth + name)]
     return max(found, key=_written, default=None)
 
 
@@ -56,12 +57,16 @@ def read(folder: str | Path) -> Watched:
     known = {"k": float(k)} if isinstance(k, int) and k > 0 else {}  # older runs' rows lack it
     rows = tuple(known | row for line in _lines(folder / "metrics.jsonl") if (row := _numbers(line)))
     now = diagnose(rows)
-    told = [line for line in _lines(folder / "findings.jsonl") if {"step", "kind", "text"} <= line.keys()]
+    told = [line for line in _lines(folder / "findings.jsonl") if _is_finding(line)]
     kinds = {finding.kind for finding in now}
     earlier = tuple((int(t["step"]), str(t["kind"]), str(t["text"])) for t in told if t["kind"] not in kinds)
     age = max(0.0, time.time() - _written(folder)) if rows else None
     finished = (folder / "result.json").is_file()
     return Watched(folder, str(config.get("name") or folder.name), rows, now, earlier, finished, age)
+
+
+def _is_finding(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("step"), int) and all(isinstance(line.get(name), str) for name in ("kind", "text"))
 
 
 def _is_run(folder: Path) -> bool:

@@ -119,6 +119,8 @@ def _architecture(tensors: Mapping[str, Tensor]) -> tuple[str, int, dict[str, An
         return _transformer(tensors)
     stages = [{n.split(".")[1] for n in tensors if n.startswith(f"layer{i}.")} for i in range(1, 5)]
     if not all(stages):
+        if not tensors:
+            raise ValueError("it holds heads alone, no backbone that images could be seen through")
         held = contents.some(tensors)
         raise ValueError(f"no vision transformer with a class token and no ResNet is in it; it holds {held}")
     kind = ("layer1.0.conv3.weight" in tensors, tuple(map(len, stages)))

@@ -120,9 +120,9 @@ def _found(path: Path, tensors: Mapping[str, Tensor], network: str, hints: set[s
             notes = (*one.notes, "patches share these prototypes (last_layer2 is last_layer)")
             found[f"{owner}/last_layer"] = Found(**{**vars(one), "notes": notes})
             continue
-        w, notes = made(path, parts)
-        unit = layer.startswith("prototypes") and "weight" in parts  # SwAV, MSN; weight-normed ones are an old DINO's
         mine = {"teacher_head": "teacher", "student_head": "student"}.get(owner, network)
+        w, notes = made(path, parts, f" of the {mine}")
+        unit = layer.startswith("prototypes") and "weight" in parts  # SwAV, MSN; weight-normed ones are an old DINO's
         layout = _layout(tensors, layers, key, hints)
         name, x = parts.get("weight") or parts["weight_v"]
         if layout == "MSN":
@@ -148,7 +148,7 @@ def _equal(a: Mapping[str, tuple[str, Tensor]], b: Mapping[str, tuple[str, Tenso
     )
 
 
-def made(path: Path, parts: Mapping[str, tuple[str, Tensor]]) -> tuple[Tensor, list[str]]:
+def made(path: Path, parts: Mapping[str, tuple[str, Tensor]], whose: str = "") -> tuple[Tensor, list[str]]:
     """The prototypes that a layer's tensors make, block by block, and what is to be said of them.
 
     parts: weight, or weight_g and weight_v -> name and tensor. Raises ValueError for what makes no prototypes.
@@ -173,13 +173,15 @@ def made(path: Path, parts: Mapping[str, tuple[str, Tensor]]) -> tuple[Tensor, l
     bad = zero = 0
     for i in range(0, len(v), _ROWS):
         rows = w[i : i + _ROWS]
-        rows.copy_(v[i : i + _ROWS] if g is None else directions(v[i : i + _ROWS]).mul_(g[i : i + _ROWS]))
+        rows.copy_(v[i : i + _ROWS])
+        if g is not None:
+            rows.copy_(directions(rows).mul_(g[i : i + _ROWS]))
         largest = rows.abs().amax(1)
         bad += int((~largest.isfinite()).sum())
         zero += int((largest == 0).sum())
     if bad or zero:
         what = f"{bad} are not finite" if bad else f"{zero} are zero and have no direction"
-        raise ValueError(f"{path}: of {len(w)} prototypes in {name} {what}; did this training fail?")
+        raise ValueError(f"{path}: of {len(w)} prototypes in {name}{whose} {what}; did this training fail?")
     return w, notes
 
 
