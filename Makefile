@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 # pinned versions; `make run PINS=` takes whatever pyproject.toml allows (an older torch on a GPU server, say)
 PINS ?= constraints.txt
 OUT ?= out
+# tests run in this many processes
+WORKERS ?= 2
+# hundreds of processes import the library: its byte-code is kept
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-fast lab setup executed records soak speed lint pins data clean help
 
@@ -16,10 +20,10 @@ run: setup  ## set up, then run the course end to end; read out/index.html
 	$(BIN)/prototypes run --out $(OUT)
 
 test: setup lint  ## set up, then lint and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: setup  ## the tests that take less than two minutes together
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
 
 lab: setup  ## JupyterLab; open notebooks/*.py with "Open With > Notebook" (jupytext pairing)
 	$(BIN)/jupyter lab notebooks

@@ -2,9 +2,10 @@
 
     python benchmarks/mutations.py [--only WORDS] [--least N] [--out FOLDER]
 
-Each fault goes into a temporary copy of this checkout, where the fast tests of its file run and then those of the whole
-family, up to the first that fails; at the end the tests that failed must pass without any fault. Every run of pytest is
-a fresh process, forked (where the system can) from one that has imported torch already.
+Each fault goes into a temporary copy of this checkout, where the fast tests of its file run, then those of the whole
+family and at last the slow ones of its file, up to the first that fails; at the end the tests that failed must pass
+without any fault. Every run of pytest is a fresh process, forked (where the system can) from one that has imported
+torch already.
 """
 
 import argparse
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 NEEDED = ("prototypes_lib", "tests", "benchmarks", "data", "pyproject.toml")
 SECOND = ("tests/test_learner.py", "tests/test_faithful.py", "tests/test_train.py")
 TIMEOUT = 300.0
+NONE_SUCH = 5  # how pytest ends where -m leaves no test
 SURVIVED = "SURVIVED"
 
 
@@ -49,15 +51,15 @@ def copy(to: Path) -> None:
             shutil.copy(ROOT / name, to / name)
 
 
-def failing(folder: Path, tests: Sequence[str]) -> str | None:
-    """The first test that fails in this copy, or None. Raises RuntimeError where pytest finds nothing to run."""
+def failing(folder: Path, tests: Sequence[str], marked: str = "not slow") -> str | None:
+    """The first test that fails in this copy, or None. Raises RuntimeError where pytest could not run them."""
     context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):
         context.set_forkserver_preload(
             ["torch", "torchvision", "timm", "scipy.stats", "hypothesis", "beartype", "pytest"]
         )
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_pytest, args=(str(folder), list(tests), there))
+    process = context.Process(target=_pytest, args=(str(folder), list(tests), marked, there))
     process.start()
     there.close()
     try:
@@ -66,6 +68,8 @@ def failing(folder: Path, tests: Sequence[str]) -> str | None:
         code, test = 1, "a crash of the interpreter"
     process.kill()
     process.join()
+    if code == NONE_SUCH:
+        return None
     if code not in (0, 1, 2):  # 2: a file could not even be imported
         raise RuntimeError(f"pytest ended with {code} for {' '.join(tests)}")
     return test if code else None
@@ -83,7 +87,7 @@ class _First:
     pytest_collectreport = pytest_runtest_logreport
 
 
-def _pytest(folder: str, tests: list[str], answer: Connection) -> None:
+def _pytest(folder: str, tests: list[str], marked: str, answer: Connection) -> None:
     sys.dont_write_bytecode = True  # two faults of one length in one second would be one to the cache
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the plugins for notebooks take longer than most tests
     os.chdir(folder)
@@ -98,7 +102,7 @@ def _pytest(folder: str, tests: list[str], answer: Connection) -> None:
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
-        code = pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests], plugins=[first])
+        code = pytest.main(["-x", "-q", "-m", marked, "-p", "no:cacheprovider", *tests], plugins=[first])
     answer.send((int(code), first.test))
 
 
@@ -108,7 +112,11 @@ def plant(fault: Fault, folder: Path) -> tuple[str, float]:
     right = path.read_text()
     path.write_text(right.replace(fault.old, fault.new))
     try:
-        caught = failing(folder, fault.first) or failing(folder, [test for test in SECOND if test not in fault.first])
+        caught = (
+            failing(folder, fault.first)
+            or failing(folder, [test for test in SECOND if test not in fault.first])
+            or failing(folder, fault.first, "slow")
+        )
     finally:
         path.write_text(right)
     return caught or SURVIVED, time.monotonic() - start
@@ -139,7 +147,7 @@ def main(arguments: list[str]) -> None:
             table.append(row | {"caught_by": caught, "seconds": round(seconds, 1)})
             print(f"{i}/{len(chosen)}  {fault.file}: {fault.name}  {caught}  {seconds:.1f} s", flush=True)
         tests = sorted({row["caught_by"] for row in table if "::" in row["caught_by"]})
-        if tests and (test := failing(place, tests)):
+        if tests and (test := failing(place, tests, "slow or not slow")):
             sys.exit(f"error: {test} fails without any fault too, so it has caught none")
     survivors = [row for row in table if row["caught_by"] == SURVIVED]
     caught = len(table) - len(survivors)

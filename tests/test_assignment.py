@@ -74,6 +74,7 @@ def test_probability_centering_of_one_batch_is_one_sinkhorn_step_from_the_softma
     assert (one_step.exp() - Sinkhorn(1)(logits, TAU).exp()).abs().max() > 0.01  # the official start differs
 
 
+@pytest.mark.slow
 def test_the_two_starts_of_sinkhorn_have_one_limit():
     logits = problem(length=2.0)
     a, b = Sinkhorn(2000)(logits, TAU).exp(), Sinkhorn(2000)(Normalize()(logits, TAU), TAU).exp()
@@ -119,6 +120,7 @@ def test_normalize_is_the_log_of_the_softmax():
     torch.testing.assert_close(Normalize()(logits, TAU).exp(), expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_who_is_invariant_to_which_shift():
     """Sinkhorn from the scores absorbs a number a prototype at once, the centers and Normalize a number a sample."""
     logits, g = problem(), torch.Generator().manual_seed(5)
@@ -277,6 +279,7 @@ def test_a_state_dict_carries_the_memory_of_a_chain():
         assert torch.equal(a(x, TAU), b(x, TAU))
 
 
+@pytest.mark.slow
 def test_a_moving_average_keeps_float64_digits_for_float32_scores():
     link = Center(1, momentum=0.999)
     for _ in range(3_000):

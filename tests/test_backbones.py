@@ -89,7 +89,9 @@ def test_a_wrong_request_names_itself(make, says):
         make()
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", pytest.param("vit_base_patch16_siglip_224", marks=pytest.mark.slow)]
+)
 def test_transformers_of_another_build_are_refused(name):
     with pytest.raises(ValueError, match="plain transformers"):
         Backbone(name, 64)
@@ -152,6 +154,7 @@ def test_pixels_of_dropped_patches_do_not_matter():
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_resnet50_is_timms_with_the_last_map_as_patches():
     torch.manual_seed(0)
     backbone = Backbone("resnet50", 32).eval().double()  # to tell rounding from a difference
@@ -301,9 +304,8 @@ def test_recomputing_a_resnet_counts_the_statistics_of_a_batch_once():
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize(
-    ("recompute", "ahead"), [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("recompute", "ahead"), [(False, False), (True, False), (True, True)])
 def test_compiled_blocks_equal_eager_ones_in_few_programs_whatever_the_rows_and_sizes(recompute, ahead):
     programs = []
 

@@ -90,6 +90,7 @@ def test_random_streams_are_those_of_the_first_release():
     assert digest[:16] == "8faaaadd22ba3eb3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ibot", "msn", "dino"])
 @pytest.mark.parametrize(("world", "parts"), [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)])
 def test_slices_over_processes_and_parts_are_the_batch_bit_for_bit(monkeypatch, name, world, parts):

@@ -125,6 +125,7 @@ def test_batchnorms_statistics_survive_a_run_and_its_export(tmp_path):
     assert int(loaded.cnn.bn1.num_batches_tracked) > 0 and float(loaded.cnn.bn1.running_mean.abs().max()) > 0
 
 
+@pytest.mark.slow
 def test_a_patch_head_of_its_own_is_exported_and_read(tmp_path):
     method = METHODS["dinov2"].but(n_prototypes=12, views=Views(2, 1))
     run = Run.small(limit=64, batch_size=32, epochs=1.0, warmup_epochs=0.0, out=tmp_path, progress=False, device="cpu")

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import inspect
 import io
 import json
@@ -45,6 +44,7 @@ def test_every_protocol_explains_its_own_options_and_no_others(verb, capsys):
     assert named == own | shared
 
 
+@pytest.mark.slow
 def test_train_evaluate_and_doctor_follow_each_other(tmp_path, capsys):
     small = (
         "--small", "--limit", "64", "--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0", "--hidden", "16",
@@ -232,14 +232,6 @@ def run_folder(tmp_path_factory):
     return next(path for path in out.iterdir() if (path / "config.json").is_file())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def embedded_once():
-    """The embedded images are unpacked once and not for every command."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "embedded", functools.lru_cache(data.embedded))
-        yield
-
-
 @pytest.mark.parametrize("verb", ASKED)
 def test_a_record_is_whole_and_its_command_makes_it_again(verb, run_folder, tmp_path, capsys):
     file = tmp_path / "records" / "answer.json"
@@ -325,6 +317,7 @@ def test_a_test_set_of_some_classes_is_read_from_a_folder(run_folder, tmp_path, 
         assert says in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_transfer_may_choose_by_a_folders_own_validation_images(run_folder, tmp_path, capsys, monkeypatch):
     from PIL import Image
 
@@ -381,6 +374,7 @@ def test_transfer_chooses_by_official_validation_images_unless_told_otherwise(
     assert run["n_train"] == 16 and "n_val" not in run
 
 
+@pytest.mark.slow
 def test_a_score_of_another_protocol_than_the_official_one_says_so(run_folder, tmp_path, monkeypatch):
     file = tmp_path / "a.json"
 
@@ -425,6 +419,7 @@ def test_a_checkpoint_file_is_a_model_where_data_are_given(tmp_path, capsys):
     assert call(*asked) == 2 and "student" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_of_timm_comes_with_its_weights_colors_and_size_224(monkeypatch, capsys):
     asked, seen = {}, {}
 

@@ -102,6 +102,7 @@ def test_more_clusters_than_classes_limit_accuracy_but_not_purity():
     assert (alone.purity, alone.ari, alone.accuracy) == (100, 0, 2)
 
 
+@pytest.mark.slow
 def test_intervals_are_as_wide_as_new_samples_differ():
     generator = torch.Generator().manual_seed(0)
 

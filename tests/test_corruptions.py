@@ -302,6 +302,7 @@ ORDERED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_a_higher_severity_lies_further_from_the_clean_image(name):
     """In pixels, where the published parameters grow; those of the other five trade one harm for another."""

@@ -153,6 +153,7 @@ def test_by_default_that_too_takes_30_seconds_at_most(tmp_path):
     stall(tmp_path, {}, within=30.0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_is_named_with_its_error(tmp_path):
     with Processes(3, tmp_path, steps, QUICK, "raise") as processes:
         found = processes.end(0, 1, 2, within=60.0)
@@ -162,6 +163,7 @@ def test_a_rank_that_raises_is_named_with_its_error(tmp_path):
         assert f"rank 1 (pid {processes.all[1].pid}, host {HOST}) has failed: ValueError: this crop" in found[rank][1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_too_early_is_named(tmp_path):
     with Processes(2, tmp_path, steps, QUICK, "leave") as processes:
         found = processes.end(0, 1, within=60.0)
@@ -203,6 +205,7 @@ def fail_together(rank, folder):
         raise FloatingPointError("no finite loss")
 
 
+@pytest.mark.slow
 def test_an_error_that_all_ranks_raise_is_everyones_own(tmp_path):
     with Processes(2, tmp_path, fail_together) as processes:
         for status, said in processes.end(0, 1, within=60.0).values():
@@ -270,6 +273,7 @@ def raise_on_last(rank, n):
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_the_tests_own_processes_show_what_failed_and_go_on():
     with pytest.raises(AssertionError, match=r"rank 1 of 2 raised\n(.*\n)*LookupError: no such crop"):
         together(2, raise_on_last, 2)
@@ -302,7 +306,9 @@ def gradients(rank, name, n, parts, world):
     return float(step.loss.detach()), found, sorted(step.parts | step.meters)
 
 
-@pytest.mark.parametrize("name, world, parts", [("dino", 2, 1), ("dino", 4, 1), ("dino-vmf", 2, 2)])
+@pytest.mark.parametrize(
+    "name, world, parts", [("dino", 2, 1), pytest.param("dino", 4, 1, marks=pytest.mark.slow), ("dino-vmf", 2, 2)]
+)
 def test_gradients_over_ranks_are_those_of_the_whole_batch(name, world, parts):
     _, wanted, meters = gradients(0, name, 8, parts, 1)
     found = together(world, gradients, name, 8, parts, world)

@@ -166,6 +166,7 @@ def run(tmp_path_factory):
     return train(method, small.but(out=tmp_path_factory.mktemp("runs")), name="tiny").folder
 
 
+@pytest.mark.slow
 def test_a_run_is_examined_with_its_own_score_temperature_and_size(run, tmp_path):
     assert call("doctor", run, "--data", "cifar10-5k", "--limit", 300, "--no-progress", "--out", tmp_path / "o") == 0
     content = report(tmp_path / "o")
@@ -186,6 +187,7 @@ def test_a_run_is_examined_with_its_own_score_temperature_and_size(run, tmp_path
     assert data["code_rank"] == pytest.approx(float(torch.special.entr(second / second.sum()).sum().exp()), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_export_says_the_same_as_its_run(run, tmp_path):
     checkpoints.export(run, tmp_path / "export")
     found = []

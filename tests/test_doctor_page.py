@@ -53,10 +53,12 @@ def made(tmp_path_factory):
     return place / "report"
 
 
+@pytest.mark.slow
 def test_the_folder_holds_the_page_and_the_numbers_and_nothing_else(made):
     assert sorted(p.name for p in made.iterdir()) == ["index.html", "report.json"]
 
 
+@pytest.mark.slow
 def test_every_figure_is_embedded_and_told_in_words(made):
     page = Page((made / "index.html").read_text())
     figures = [attrs for tag, attrs in page.tags if tag == "img"]
@@ -70,6 +72,7 @@ def test_every_figure_is_embedded_and_told_in_words(made):
         assert picture.width > 1000 and picture.convert("L").getextrema()[0] < 128  # something is drawn
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(made):
     page = Page((made / "index.html").read_text())
     assert not page.open  # every tag is closed
@@ -81,6 +84,7 @@ def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(made):
     assert "http" not in text and "url(" not in text and "@import" not in text
 
 
+@pytest.mark.slow
 def test_the_verdict_comes_first_and_the_page_says_what_the_json_says(made):
     content = json.loads((made / "report.json").read_text(), parse_constant=pytest.fail)
     page = Page((made / "index.html").read_text())
@@ -98,6 +102,7 @@ def test_the_verdict_comes_first_and_the_page_says_what_the_json_says(made):
     assert "teacher, crops" in words and "student, crops" in words
 
 
+@pytest.mark.slow
 def test_a_report_has_version_commit_command_and_seeds(made):
     content = json.loads((made / "report.json").read_text())
     assert content["format"] == "prototypes doctor" and content["format_version"] == 1
@@ -109,6 +114,7 @@ def test_a_report_has_version_commit_command_and_seeds(made):
     assert keys <= documented, keys - documented
 
 
+@pytest.mark.slow
 def test_names_are_escaped(tmp_path):
     path = make("msn", tmp_path, TRUTH.w)
     path = path.rename(tmp_path / "a<script>&.pth.tar")
@@ -161,6 +167,7 @@ def test_numbers_that_are_not_finite_become_null():
         report.plain(object())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "w",
     [

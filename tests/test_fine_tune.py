@@ -298,6 +298,7 @@ def test_steps_are_those_of_a_naive_loop(name):
         assert (a - b).norm() <= 1e-3 * (a - c).norm(), key
 
 
+@pytest.mark.slow
 def test_a_result_is_a_function_of_its_arguments_and_leaves_backbone_and_global_states_alone():
     train, test = images()
     backbone = Backbone("vit_pico_patch8", 32).train()
@@ -314,6 +315,7 @@ def test_a_result_is_a_function_of_its_arguments_and_leaves_backbone_and_global_
     assert all(torch.equal(before[name], p) for name, p in backbone.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_sweep_reports_every_rate_and_the_numbers_of_the_best(capsys):
     train, test = images(40, 30)
     test = test.subset(np.flatnonzero(test.labels != 3))  # one class without test images

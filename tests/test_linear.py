@@ -121,6 +121,7 @@ def test_a_head_that_diverges_spoils_itself_only():
     assert found.last[3e38] == 0 and found.held_out[3e38] == 0 and found.lr == calm.lr
 
 
+@pytest.mark.slow
 def test_images_are_seen_as_other_crops_in_each_epoch_and_tested_on_the_central_view():
     train, test = (part.subset(slice(0, 200)) for part in images())
     options = {"backbone": backbone(), "lrs": (0.01, 0.3), "epochs": 2, "batch_size": 64}
@@ -146,6 +147,7 @@ def test_images_are_seen_as_other_crops_in_each_epoch_and_tested_on_the_central_
     assert len({tuple(x) for x in views[220:].flatten(1)[:, ::97].tolist()}) == 400  # no crop comes twice
 
 
+@pytest.mark.slow
 def test_crops_through_the_backbone_are_learned_from():
     train, test = images()
     found = _probe(train, test, backbone=backbone(), lrs=(0.3,), epochs=5)

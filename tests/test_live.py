@@ -79,6 +79,7 @@ def test_what_was_wrong_and_is_no_longer_is_said_apart(tmp_path):
     assert "earlier" not in live.draw(live.read(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 24, 40, 71, 80, 200])
 @pytest.mark.parametrize("rows", [HEALTHY, UNIFORM, HEALTHY[:1], [{"step": 1.0}]])
 def test_no_line_is_longer_than_the_terminal_is_wide(tmp_path, width, rows):
@@ -145,6 +146,7 @@ def test_null_text_nan_and_infinity_are_no_curve_but_nan_is_a_finding(tmp_path):
         assert all(map(math.isfinite, panel.range()))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.lists(st.dictionaries(
     st.sampled_from(["loss", "image", "teacher_entropy", "marginal_entropy", "k", "M", "code_dim", "effective_rank",

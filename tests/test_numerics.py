@@ -86,7 +86,7 @@ def ours():
 
 
 @pytest.mark.parametrize("kind", numerics.KINDS)
-@settings(max_examples=6, phases=[Phase.generate])  # a seed has no smaller example
+@settings(max_examples=settings().max_examples // 8, phases=[Phase.generate])  # a seed has no smaller example
 @given(seed=st.integers(0, 2**31))
 def test_every_value_and_gradient_is_finite(kind, seed):
     x = numerics.draw(kind, seed)
@@ -95,7 +95,7 @@ def test_every_value_and_gradient_is_finite(kind, seed):
 
 
 @pytest.mark.parametrize("kind", numerics.KINDS)
-@settings(max_examples=4, phases=[Phase.generate])
+@settings(max_examples=settings().max_examples // 12, phases=[Phase.generate])
 @given(seed=st.integers(0, 2**31))
 def test_targets_are_distributions(kind, seed):
     x = numerics.draw(kind, seed)
@@ -135,6 +135,7 @@ def test_a_kind_is_what_it_is_called(kind):
     assert says[kind]
 
 
+@pytest.mark.slow
 def test_the_command_counts_what_is_not_finite(tmp_path, capsys):
     numerics.main(["--n", str(len(numerics.KINDS)), "--out", str(tmp_path)])
     record = json.loads((tmp_path / "numerics_peers.json").read_text())

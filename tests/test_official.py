@@ -188,6 +188,7 @@ def test_positions_for_other_sizes_are_dinos(tmp_path):
     assert not same(official.load(tmp_path / "x.pth", interpolation="antialias"), resized)
 
 
+@pytest.mark.slow
 def test_resnets_of_dino_and_swav_have_the_features_of_timms(tmp_path):
     net = resnet()
     weights = net.state_dict()
@@ -200,6 +201,7 @@ def test_resnets_of_dino_and_swav_have_the_features_of_timms(tmp_path):
         assert backbone.name == "resnet18" and same(backbone, net)
 
 
+@pytest.mark.slow
 def test_resnet_50_is_recognized(tmp_path):
     net = timm.create_model("resnet50", num_classes=10)
     torch.save({name: x for name, x in net.state_dict().items()}, tmp_path / "x.pth")

@@ -5,10 +5,8 @@ import json
 import math
 import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
+import memory
 import official_files
 import pytest
 import torch
@@ -357,17 +355,13 @@ def test_131072_prototypes_are_read_in_little_more_than_their_own_memory(tmp_pat
     head = {"dino_head.last_layer.weight_g": w.norm(dim=1, keepdim=True), "dino_head.last_layer.weight_v": w}
     torch.save({"teacher": head, "optimizer": optimizer}, tmp_path / "x.pth")
     program = (
-        "import sys, resource, torch; from prototypes_lib import official; torch.set_num_threads(1)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import sys, torch; from memory import peak; from prototypes_lib import official; torch.set_num_threads(1)\n"
+        "before = peak()\n"
         "found, = official.prototypes(sys.argv[1])\n"
-        "print(len(found.w), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+        "print(len(found.w), peak() - before)"
     )
     del w, head, optimizer
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "x.pth")], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-    )  # fmt: skip
-    k, megabytes = map(float, done.stdout.split())
+    k, megabytes = map(float, memory.run(program, tmp_path / "x.pth").stdout.split())
     assert k == 131_072 and megabytes < 650, f"{megabytes:.0f} MB for 201 MB of prototypes"
 
 
@@ -507,6 +501,7 @@ def runs(tmp_path_factory):
     return {name: train(METHODS[name].but(**changes), settings, name).folder for name in ("dino-vmf", "ibot", "msn")}
 
 
+@pytest.mark.slow
 def test_all_sets_of_a_run_and_of_its_export_are_told(runs, tmp_path):
     out = checkpoints.export(runs["dino-vmf"], tmp_path / "export")
     teacher, student = checkpoints.all_prototypes(runs["dino-vmf"])

@@ -2,10 +2,9 @@
 
 import json
 import math
-import subprocess
-import sys
 from unittest import mock
 
+import memory
 import numpy as np
 import pytest
 import torch
@@ -249,8 +248,9 @@ def test_prototypes_without_direction_are_refused(w):
 
 
 _LARGE = """
-import json, resource, sys, time
+import json, sys, time
 import torch
+from memory import peak
 from prototypes_lib.collapse import neighbors
 
 kind, k, dim = sys.argv[1], 32768, 384
@@ -268,17 +268,15 @@ curve = {u.eps: u.count for u in found.curve()}
 ranges = [found.range(eps, 10) for eps in (0.025, 0.1)]
 components = [found.components(eps) for eps in (0.025, 0.1)]
 seconds = time.process_time() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-print(json.dumps({"curve": curve, "ranges": ranges, "components": components, "seconds": seconds, "peak": peak}))
+found = {"curve": curve, "ranges": ranges, "components": components, "seconds": seconds, "peak": peak() / 1e3}
+print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "m"), [("all unique", 32768), ("961 with copies", 961), ("half one group", 16385)])
 def test_everything_about_32768_prototypes_takes_a_minute_of_cpu_and_two_gigabytes(kind, m):
-    run = subprocess.run([sys.executable, "-c", _LARGE, kind], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = json.loads(memory.run(_LARGE, kind).stdout)
     assert found["curve"]["0.1"] == found["components"][1] == m and found["ranges"][1] == [m, m], found
     low, high = found["ranges"][0]
     assert found["components"][0] <= low <= high and found["curve"]["0.025"] >= found["components"][0], found

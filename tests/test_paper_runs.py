@@ -74,6 +74,7 @@ def test_positions_stochastic_depth_and_precision_are_the_codes_own():
     assert PAPER_RUNS["dino-vits16"].run.precision == "fp32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_paper_run_starts_when_it_is_made_small(name, tmp_path):
     paper = PAPER_RUNS[name]

@@ -13,6 +13,7 @@ CONFIGS = 50
 BY_NAME = {comparison.lightly: comparison for comparison in parity.COMPARISONS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_NAME)
 def test_value_and_gradient_are_lightlys(name):
     value, gradient = parity.compare(BY_NAME[name], CONFIGS, seed=1)

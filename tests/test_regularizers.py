@@ -531,6 +531,7 @@ def batch_losses_of_ranks(rank, x, counts):
         return *found, gradient(koleo, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [[12, 12], [1, 11, 0, 12]], ids=str)
 def test_ranks_that_share_a_batch_have_the_loss_and_gradient_of_one_process(counts):
     x = randn(24, 9, dtype=torch.float64)

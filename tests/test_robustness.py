@@ -40,6 +40,7 @@ def by_hand(name, severity):
     return 100 - knn(real()[0], other, 20, progress=False).accuracy[20]
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_knn_on_corrupted_images():
     result = found()
     assert result.accuracy == knn(*real(), 20, progress=False).accuracy[20] and result.n == 500
@@ -115,6 +116,7 @@ def test_the_interval_is_that_of_the_mean_of_each_images_own_error():
     assert (low, high) == pytest.approx((float(each.mean()) - half, float(each.mean()) + half), abs=0.15 * half)
 
 
+@pytest.mark.slow
 def test_the_seed_changes_chance_only_and_batches_nothing():
     assert found(batch_size=77) == found()
     other = found(seed=1)

@@ -275,6 +275,7 @@ def test_the_tables_have_every_row_of_the_papers_once_with_a_command(records):
     assert sum(cells[5] != page.NOT_RUN for cells in body) == measured and (measured > 60) == bool(records)
 
 
+@pytest.mark.slow
 def test_the_panels_have_every_row_of_the_papers():
     drawn = 0
     for rows in scoreboard.tables(ROWS).values():
@@ -488,6 +489,7 @@ PLANTED = [
 BETTER = {"pmsn": 0, "msn": 1, "dino": 1, "simdino": 2, "ibot-vmf": 2, "ibot-vmf-kd": 3, "ibot-vmf-kp": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign, noise, kind", [(1, 0.1, "holds"), (-1, 0.1, "fails"), (1, 5.0, "tie")])
 def test_a_planted_difference_between_methods_decides_the_claims_that_are_about_it(tmp_path, sign, noise, kind):
     jitter = lambda name, seed: noise * random.Random(f"{name}, {seed}").uniform(-1, 1)

@@ -37,6 +37,7 @@ def test_the_ratio_is_the_median_of_the_turns_with_its_quartiles(monkeypatch):
     assert ratio.median == 0.5 and ratio.first == 1.0
 
 
+@pytest.mark.slow
 def test_short_calls_are_repeated_and_the_time_is_of_one(monkeypatch):
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
@@ -45,6 +46,7 @@ def test_short_calls_are_repeated_and_the_time_is_of_one(monkeypatch):
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_makes_a_row_void_before_anything_is_timed():
     calls = []
 
@@ -107,6 +109,7 @@ def test_rows_of_an_earlier_record_stay(tmp_path, monkeypatch):
     assert {"seed", "hash", "seconds", "environment"} <= set(run)
 
 
+@pytest.mark.slow
 def test_a_void_row_fails_the_command(tmp_path, monkeypatch):
     def check(answers):
         raise AssertionError("never alike")

@@ -26,6 +26,7 @@ def rows(tmp_path_factory):
     return sweeps.sweep([job("dino", out), job("simdino", out, seed=3), job("dino", out, seed=1)], workers=1)
 
 
+@pytest.mark.slow
 def test_rows_come_in_the_order_of_the_jobs_with_all_that_a_result_needs(rows):
     assert [row["method"] for row in rows] == ["dino", "simdino", "dino"] and rows[1]["seed"] == 3
     for row in rows:
@@ -43,6 +44,7 @@ def test_rows_keep_the_order_of_the_jobs_whatever_ends_first(tmp_path, monkeypat
     assert [row["name"] for row in rows] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_row_has_the_knn_of_the_runs_teacher_on_the_test_images_and_tells_the_best(rows):
     backbone = checkpoints.load_backbone(rows[0]["folder"])
     sets = [data.load("cifar10-5k", split, limit=200, progress=False) for split in ("train", "test")]
@@ -51,12 +53,14 @@ def test_a_row_has_the_knn_of_the_runs_teacher_on_the_test_images_and_tells_the_
     assert sweeps.best(rows[0])[0] == max(found.accuracy.values()) > min(found.accuracy.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_that_says_when(tmp_path):
     row = sweeps.sweep([job("dino", tmp_path, lr=1e12, clip_grad=0.0)], workers=1)[0]
     assert row["diverged"] in (2, 4) and row["knn"] == {} and math.isnan(sweeps.best(row)[0])
     assert "diverged by step" in sweeps.said(row) and {"commit", "hardware"} <= set(row["environment"])
 
 
+@pytest.mark.slow
 def test_a_record_reads_back_without_folders_and_with_one_config_a_name(rows, tmp_path):
     path = tmp_path / "results" / "x.json"
     untrained = [sweeps.untrained(job("dino", tmp_path))]

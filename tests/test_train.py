@@ -39,7 +39,9 @@ def state(result):
     return {name: (place / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
 
 
-@pytest.mark.parametrize("name", ["dino-vmf-kp", "ibot", "simdino"])
+@pytest.mark.parametrize(
+    "name", ["dino-vmf-kp", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ibot", "simdino"))]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, name):
     whole = train(method(name), run(tmp_path / "a", head_batch_norm=True), name)
     for stop in (2, 5):  # not on a checkpoint of its own schedule
@@ -93,6 +95,7 @@ def test_a_run_folder_tells_the_whole_story(tmp_path):
     assert str(tmp_path) not in (result.folder / "result.json").read_text()
 
 
+@pytest.mark.slow
 def test_progress_shows_loss_ln_k_entropy_m_speed_and_time_left(tmp_path, capsys):
     train(method(), run(tmp_path, progress=True), "x")
     text = capsys.readouterr().out
@@ -100,6 +103,7 @@ def test_progress_shows_loss_ln_k_entropy_m_speed_and_time_left(tmp_path, capsys
         assert word in text
 
 
+@pytest.mark.slow
 def test_prototypes_stand_still_while_frozen_and_move_after(tmp_path):
     frozen = train(method(), run(tmp_path, freeze_last_layer=1.0), "x")
     start = build(method(), run(tmp_path)).student.prototypes.w
@@ -178,6 +182,7 @@ def test_a_probe_of_precision_leaves_no_trace(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
 
 
+@pytest.mark.slow
 def test_bf16_trains(tmp_path):
     result = train(method(), run(tmp_path, precision="bf16"), "x")
     assert result.summary["precision"] == "bf16" and result.last["loss"] > 0
@@ -246,6 +251,7 @@ def test_a_divergence_is_named_and_never_saved(tmp_path):
             assert all(t.isfinite().all() for t in tensors.values())
 
 
+@pytest.mark.slow
 def test_a_cut_off_line_of_metrics_does_not_block_resume(tmp_path):
     partial_run = train(method(), run(tmp_path), "x", stop_after=3)
     path = partial_run.folder / "metrics.jsonl"

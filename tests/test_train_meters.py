@@ -103,6 +103,7 @@ def test_copies_are_counted_for_each_network(tmp_path):
     assert (rows[0]["M"], rows[0]["M_student"]) == (14, 12)
 
 
+@pytest.mark.slow
 def test_with_very_many_prototypes_the_students_are_counted_in_each_tenth_row(tmp_path, monkeypatch):
     monkeypatch.setattr("prototypes_lib.meters.OFTEN", 15)
     made, rows = trainer(run(tmp_path, monitor_steps=1, epochs=4.0)), []
@@ -169,7 +170,10 @@ def test_the_coding_rate_is_measured_with_the_methods_own_distortion():
     assert distortion(method("simdino").but(regularizers=((-1.0, other, "codes"),))) == 0.5
 
 
-@pytest.mark.parametrize("name", ["dino-vmf-kp", "ibot", "msn", "simdino"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("dino-vmf-kp", "msn", "simdino")]
+
+
+@pytest.mark.parametrize("name", ["ibot", *OTHERS])
 def test_measuring_changes_nothing_of_a_run(tmp_path, name):
     ends = []
     for steps in (1, 10**6):
@@ -187,6 +191,7 @@ def test_unmonitored_steps_look_at_nothing(tmp_path):
     assert (out.meters, out.codes, out.target) == ({}, None, None)
 
 
+@pytest.mark.slow
 def test_what_rows_remember_survives_a_checkpoint_to_the_bit(tmp_path):
     result = train(method(), run(tmp_path, monitor_steps=1), "x", stop_after=4)
     state = json.loads((result.folder / "checkpoints" / "step-00000004" / "state.json").read_text())["meters"]
@@ -212,10 +217,10 @@ def rows_of(rank, folder, name, shard=False):
     return rows
 
 
-SPREAD = [pytest.param(name, True, marks=pytest.mark.slow) for name in ("dino-vmf", "simdino")]
-
-
-@pytest.mark.parametrize(("name", "shard"), [("dino-vmf", False), ("msn", False), *SPREAD])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shard"), [("dino-vmf", False), ("msn", False), ("dino-vmf", True), ("simdino", True)]
+)
 def test_two_processes_write_the_rows_of_one(tmp_path, name, shard):
     alone = rows_of(0, tmp_path, name)
     for rows in together(2, rows_of, tmp_path, name, shard, timeout=120):

@@ -23,6 +23,7 @@ def test_views_change_with_the_step_and_the_order_of_images_with_epoch_and_seed(
     assert not torch.equal(first, second) and not torch.equal(first, another)
 
 
+@pytest.mark.slow
 def test_masks_are_drawn_as_the_method_says(tmp_path):
     ibot = method("ibot")
 

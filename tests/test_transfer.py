@@ -90,6 +90,7 @@ def test_mean_per_class_leaves_out_classes_without_test_images():
     assert accuracy(predicted, labels, "mean_per_class") == (75 + 100) / 2
 
 
+@pytest.mark.slow
 def test_a_class_of_one_image_and_a_class_only_tested_are_missed_not_fatal():
     train, test = some(60, 8)
     lonely = torch.cat([train.labels[:-1], torch.tensor([77])])

@@ -247,6 +247,7 @@ def dino_view(size, scale, blur, solarize):
     )
 
 
+@pytest.mark.slow
 def test_pixels_have_the_statistics_of_dinos_pillow_pipeline():
     images, repeats = picture(60, 48, 48, seed=5), 10
     random.seed(0)

@@ -375,6 +375,7 @@ def test_em_and_prototypes_both_recover_a_known_mixture(seed):
     torch.testing.assert_close(in_order(fits[1])[1], in_order(fits[0])[1], rtol=0.1, atol=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(st.integers(0, 10**6), st.integers(2, 20), st.integers(1, 7), st.booleans())
 def test_em_never_loses_likelihood(seed, dim, k, uniform):

@@ -115,6 +115,7 @@ def same_as_one_process(name: str, world: int, names: tuple[str, ...]) -> None:
 FEW = ("ibot", "ibot-vmf", "dinov2", "swav", "pmsn")  # each way of making targets, without and with a memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_losses_gradients_and_memories_of_two_processes_are_those_of_one(name):
     same_as_one_process(name, 2, FEW)

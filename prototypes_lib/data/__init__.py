@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -275,14 +276,20 @@ def embedded(split: str) -> sources.Listing:
     picture = folder / "cifar10_5k.png"
     if hashlib.sha256(picture.read_bytes()).hexdigest() != record["png_sha256"]:
         raise ValueError(f"data: {picture} is damaged (checksum); restore it with git or tools/make_embedded_data.py")
-    with Image.open(picture) as image:
-        pixels = np.asarray(image)
-    tiles = pixels.reshape(-1, 32, 100, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
-    if hashlib.sha256(tiles).hexdigest() != record["pixels_sha256"]:
-        raise ValueError(f"data: {picture} decodes to other pixels than recorded; is Pillow broken?")
+    tiles = _tiles(picture, record["pixels_sha256"])
     n_train, labels = record["n_train"], np.array(record["labels"], np.int64)
     part = slice(n_train) if split == "train" else slice(n_train, None)
     return sources.Listing(tiles[part].copy(), labels[part], tuple(record["classes"]))
+
+
+@lru_cache(maxsize=1)  # a sweep asks for them once a run
+def _tiles(picture: Path, sha256: str) -> np.ndarray:
+    with Image.open(picture) as image:
+        pixels = np.asarray(image)
+    tiles = pixels.reshape(-1, 32, 100, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
+    if hashlib.sha256(tiles).hexdigest() != sha256:
+        raise ValueError(f"data: {picture} decodes to other pixels than recorded; is Pillow broken?")
+    return tiles
 
 
 def fetch(name: str, root: str | Path | None = None, progress: bool = True) -> str:

@@ -16,6 +16,7 @@ from prototypes_lib.files import archives
 from prototypes_lib.files.foreign import read_pickle
 
 
+@pytest.mark.slow
 def test_hostile_pickles_are_refused_and_do_nothing(tmp_path):
     refused, tried, wrong = malice.refused_pickles(tmp_path)
     assert wrong == [] and refused == tried >= 150
@@ -81,6 +82,7 @@ def test_safetensors_are_read_and_missing_files_named(tmp_path):
             read_pickle(path)
 
 
+@pytest.mark.slow
 def test_hostile_archives_are_refused_or_contained(tmp_path):
     contained, tried, wrong = malice.contained_archives(tmp_path)
     assert wrong == [] and contained == tried >= 80

@@ -160,6 +160,7 @@ with Signals() as signals:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pause"), [("SIGTERM", 30), ("SIGINT", 30), ("SIGUSR1", 0), ("SIGTERM", 0)])
 def test_a_child_in_a_long_step_saves_within_seconds_though_signals_rain(name, pause):
     root = Path(__file__).parents[2]

@@ -92,6 +92,7 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeyp
         assert len(calls) == 2 and str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 
+@pytest.mark.slow
 def test_of_many_that_start_at_once_one_at_a_time_gets_it(tmp_path):
     folder, winners = tmp_path / "run", 0
     children = []

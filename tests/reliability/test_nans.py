@@ -45,6 +45,7 @@ def test_where_one_rank_has_it_all_ranks_skip_the_step(case, tmp_path):
     assert wrong is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "place"), [("dino", "pixel"), pytest.param("ibot", "gradient", marks=pytest.mark.slow)]
 )
