@@ -73,9 +73,14 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
 
 
 def test_stochastic_depth_is_drawn_for_each_step_and_only_for_it(tmp_path):
-    made = trainer(run(tmp_path, drop_path=0.5), method("dino").but(targets=()))
-    views, masks = made.batches.batch(0)
-    first, again, other = (made.forward(views, masks, step).loss.item() for step in (0, 0, 1))
+    found = {}
+    for rate in (0.0, 0.5):
+        made = trainer(run(tmp_path / str(rate), drop_path=rate), method("dino").but(targets=()))
+        made.temperature = [0.04] * len(made.temperature)  # nothing else differs between steps
+        views, masks = made.batches.batch(0)
+        found[rate] = [made.forward(views, masks, step, epoch=0).loss.item() for step in (0, 0, 1)]
+    assert len(set(found[0.0])) == 1
+    first, again, other = found[0.5]
     assert first == again != other
 
 
