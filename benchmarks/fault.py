@@ -1,11 +1,13 @@
 """What a planted fault is; faults.py, faults_evaluation.py and faults_doctor.py list them."""
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 
 @dataclass(frozen=True)
 class Fault:
-    """name: what is wrong. file: inside prototypes_lib. tests: those to run first, by the file's name if none."""
+    """name: what is wrong. file: inside prototypes_lib. tests: those to run first
+    ("knn", "reliability/nans"), by the file's name if none."""
 
     name: str
     file: str
@@ -15,8 +17,8 @@ class Fault:
 
     @property
     def first(self) -> tuple[str, ...]:
-        stem = self.file.rsplit("/", 1)[-1].removesuffix(".py")
-        return tuple(f"tests/test_{name}.py" for name in self.tests or (stem,))
+        paths = map(PurePosixPath, self.tests or (PurePosixPath(self.file).stem,))
+        return tuple(f"tests/{path.with_name(f'test_{path.name}.py')}" for path in paths)
 
 
 def planted_in(file: str, *faults: tuple[str, str, str], tests: tuple[str, ...] = ()) -> list[Fault]:

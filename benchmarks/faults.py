@@ -420,7 +420,7 @@ FAULTS: list[Fault] = [
             "        self.bad,",
         ),
         ("each rank decides for itself to skip", "flags = ranks.largest(torch.stack(", "flags = (torch.stack("),
-        tests=("trainer", "train"),
+        tests=("trainer", "train", "reliability/nans"),
     ),
     *planted_in(
         "train.py",
@@ -433,7 +433,7 @@ FAULTS: list[Fault] = [
         ("a diverged network is saved", "            trainer.check_weights()\n", ""),
         ("an interrupted run saves nothing", "if trainer.done > saved:", "if False:"),
         ("an unfinished step is saved", "            trainer.undo()\n", ""),
-        tests=("train", "trainer"),
+        tests=("train", "trainer", "reliability/nans", "reliability/interruptions"),
     ),
     *planted_in(
         "settings.py",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from prototypes_lib import checkpoints, data
 from prototypes_lib import train as training
+from prototypes_lib.interrupts import Interrupted
 from prototypes_lib.methods import METHODS, Views, Warmup
 from prototypes_lib.optimizers import make_optimizer
 from prototypes_lib.regularizers import koleo
@@ -50,6 +51,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, name):
     assert state(whole) == state(parts)
     drop = lambda rows: [{k: v for k, v in row.items() if k not in ("seconds", "data_wait")} for row in rows]
     assert drop(whole.metrics) == drop(parts.metrics)
+
+
+def test_what_an_unfinished_step_wrote_is_not_saved(tmp_path, monkeypatch):
+    """The signal comes when the step's forward has moved the centers, and two steps after the last checkpoint."""
+    whole = train(method(), run(tmp_path / "a", checkpoint_epochs=1.0), "x")
+    agree = Trainer._agree
+    with monkeypatch.context() as patch:
+
+        def interrupted(self, *args):
+            if self.done == 2:
+                raise Interrupted("SIGTERM")
+            return agree(self, *args)
+
+        patch.setattr(Trainer, "_agree", interrupted)
+        with pytest.raises(Interrupted, match="after step 2"):
+            train(method(), run(tmp_path / "b", checkpoint_epochs=1.0), "x")
+    assert state(train(method(), run(tmp_path / "b", checkpoint_epochs=1.0), "x")) == state(whole)
 
 
 def test_metrics_written_after_the_last_checkpoint_are_forgotten_on_resume(tmp_path):

@@ -1,10 +1,13 @@
 """One step of a run: what is drawn for it, and in which order things move."""
 
 import copy
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from gloo import together
 from test_train import method, run, trainer
 
 
@@ -93,3 +96,16 @@ def test_a_step_without_a_finite_loss_leaves_everything_as_it_was(tmp_path):
     assert (made.done, made.bad, made.skipped) == (1, 1, 1) and (tmp_path / "skipped" / "step-00000001.json").is_file()
     after = made.learner.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def agreed(rank, folder):
+    made = trainer(run(folder / str(rank)))
+    for parameter in made.learner.student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return made._agree([SimpleNamespace(loss=torch.tensor(math.inf if rank == 1 else 1.0))], asked=rank == 0)
+
+
+@pytest.mark.slow
+def test_ranks_skip_and_stop_where_one_of_them_must(tmp_path):
+    """An infinite loss may have finite gradients, which say nothing to the others."""
+    assert together(2, agreed, tmp_path) == [(True, True), (True, True)]
