@@ -6,8 +6,10 @@ from pathlib import PurePosixPath
 
 @dataclass(frozen=True)
 class Fault:
-    """name: what is wrong. file: inside prototypes_lib. tests: those to run first
-    ("knn", "reliability/nans"), by the file's name if none."""
+    """name: what is wrong. file: inside prototypes_lib. tests: those to run first, by the file's name if none.
+
+    "knn" is tests/test_knn.py, "reliability/nans" tests/reliability/test_nans.py.
+    """
 
     name: str
     file: str

@@ -88,6 +88,15 @@ def test_the_embedded_mosaic_is_small_and_every_tile_is_one_image():
     assert not digests[0] & digests[1]
 
 
+def test_writing_into_the_embedded_images_leaves_those_of_others_alone():
+    first = data.embedded("test")
+    before = first.items.copy()
+    first.items[:] = 0
+    first.labels[:] = 7
+    again = data.embedded("test")
+    assert np.array_equal(again.items, before) and len(set(again.labels)) == 10
+
+
 def test_a_damaged_embedded_file_is_an_error(tmp_path, monkeypatch):
     for name in ("cifar10_5k.png", "cifar10_5k.json"):
         content = bytearray((REPOSITORY / "data" / name).read_bytes())
